@@ -1,0 +1,178 @@
+"""`highcamp show`: the facts of a run or of a checkpoint."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from highcamp.cli.arguments import find_target, refer, shown_path
+from highcamp.cli.log import attempt_facts, restart_line
+from highcamp.cli.look import look, monitor_facts
+from highcamp.cli.program import command
+from highcamp.cli.table import Column, Table
+from highcamp.cli.text import MISSING, age, count, exact, number, plain, size
+from highcamp.run.history import format_time
+
+if TYPE_CHECKING:
+    from highcamp.cli.look import Look
+    from highcamp.cli.output import Output
+    from highcamp.run.checkpoint import Checkpoint
+
+
+@command()
+@click.argument("run", metavar="[RUN[@REF]]", required=False)
+@click.option("--layers", is_flag=True, help="Every tensor of a checkpoint: path, dtype, shape.")
+def show(output: Output, run: str | None, layers: bool) -> int:  # noqa: FBT001
+    """Show the facts of a run: monitor, cadence, attempts; or of one checkpoint: metrics, files, digests, versions."""
+    target = find_target(run)
+    seen = look(target.run)
+    if target.reference is None and not layers:
+        _show_run(output, seen)
+    else:
+        _show_checkpoint(output, seen, target.checkpoint("last"), layers=layers)
+    return 0
+
+
+def _show_run(output: Output, seen: Look) -> None:
+    run = seen.run
+    total = sum(each.size_bytes for each in seen.checkpoints)
+    if output.as_json:
+        output.json(
+            "show/1",
+            run=run.path,
+            run_id=run.run_id,
+            created_at=format_time(run.created_at),
+            state=seen.state_of_run,
+            monitor=monitor_facts(seen.monitor),
+            every=run.every,
+            keep={name: getattr(run.keep, name) for name in ("best", "last", "every_steps", "every_epochs")},
+            epoch=seen.epoch,
+            epochs_planned=run.epochs_planned,
+            best=seen.facts(seen.best) if seen.best else None,
+            last=seen.facts(seen.last) if seen.last else None,
+            pins=dict(seen.pins),
+            attempts=[attempt_facts(attempt) for attempt in seen.history.attempts],
+            checkpoint_count=len(seen.checkpoints),
+            size_bytes=total,
+            trash=sorted(run.trash.values()),
+        )
+        return
+    planned = f" of {run.epochs_planned}" if run.epochs_planned else ""
+    monitor = f"{seen.monitor.metric} ({seen.monitor.mode})" if seen.monitor else "none"
+    if seen.monitor and seen.monitor.min_delta:
+        monitor += f", by more than {number(seen.monitor.min_delta)}"
+    facts = [
+        ("run", shown_path(run.path)),
+        ("id", run.run_id or MISSING),
+        ("created", format_time(run.created_at)),
+        ("state", seen.state_of_run),
+        ("monitor", monitor),
+        ("saves", run.every or MISSING),
+        ("keeps", _keep_words(seen)),
+        ("epochs", f"{seen.epoch}{planned}"),
+        ("best", _line(seen, seen.best)),
+        ("last", _line(seen, seen.last)),
+        *(("pin", f"{pin}: {name}") for pin, name in seen.pins.items()),
+        ("checkpoints", f"{len(seen.checkpoints)}, {size(total)}"),
+    ]
+    if run.trash:
+        facts.append(("trash", ", ".join(sorted(run.trash.values()))))
+    for attempt in seen.history.attempts:
+        began = format_time(attempt.started_at)
+        facts.append(("attempt", f"{attempt.number}: {began}" + ("" if attempt.number == 1 else f" {restart_line(seen, attempt)}")))
+    _print_facts(output, facts)
+    output.hint(f"highcamp ls {refer(run)}".rstrip(), f"highcamp show {refer(run, 'best' if seen.best else 'last')}")
+
+
+def _show_checkpoint(output: Output, seen: Look, entry: Checkpoint, *, layers: bool) -> None:
+    tensors = [
+        (f"{name}/{path}", array.dtype.name, list(array.shape), array.nbytes)
+        for name in (entry.objects if layers else ())
+        for path, array in entry.load(name).items()
+    ]
+    if output.as_json:
+        output.json(
+            "show/1",
+            run=seen.run.path,
+            **seen.facts(entry),
+            parent=entry.parent,
+            objects=[
+                {"name": name, "tensor_count": found.tensors, "tensor_bytes": found.bytes, "files": list(found.files)}
+                for name, found in entry.manifest.objects.items()
+            ],
+            files=[{"name": file.name, "size_bytes": file.size, "digest": file.digest} for file in entry.files],
+            pins=[pin for pin, name in seen.pins.items() if name == entry.name],
+            versions=entry.versions,
+            **(
+                {"tensors": [{"name": n, "dtype": d, "shape": s, "size_bytes": b} for n, d, s, b in tensors]}
+                if layers
+                else {}
+            ),
+        )
+        return
+    if layers:
+        output.table(
+            Table(
+                [
+                    Column("TENSOR", [name for name, *_ in tensors], drop=0),
+                    Column("DTYPE", [dtype for _, dtype, *_ in tensors]),
+                    Column("SHAPE", [str(tuple(shape)) for _, _, shape, _ in tensors]),
+                    Column("SIZE", [size(n) for *_, n in tensors], [str(n) for *_, n in tensors], right=True),
+                ]
+            )
+        )
+        return
+    batch = f", and {count(entry.batch, 'batch')[:-1]}es of the next" if entry.batch > 1 else ""
+    batch = ", and 1 batch of the next" if entry.batch == 1 else batch
+    saved = f"{format_time(entry.created_at)}"
+    if output.is_terminal:
+        saved += f" ({age((seen.at - entry.created_at).total_seconds())} ago)"
+    facts = [
+        ("checkpoint", entry.name),
+        ("path", shown_path(entry.path)),
+        ("epoch", f"{entry.epoch}{batch}"),
+        ("step", str(entry.step)),
+        ("attempt", str(entry.attempt)),
+        ("saved", saved),
+        *((name, number(value) if output.is_terminal else exact(value)) for name, value in entry.metrics.items()),
+        ("kept because", ", ".join(seen.reasons(entry.name)) or "until the next save"),
+        ("state", seen.state(entry.name)),
+        ("parent", entry.parent or MISSING),
+        *(("file", f"{file.name}  {size(file.size)}  {file.digest}") for file in entry.files),
+        *(
+            ("object", f"{name}: {count(found.tensors, 'tensor')}, {size(found.bytes)}")
+            for name, found in entry.manifest.objects.items()
+        ),
+        ("written with", ", ".join(f"{name} {version}" for name, version in entry.versions.items()) or MISSING),
+    ]
+    _print_facts(output, facts)
+    output.hint(f"highcamp verify {refer(seen.run, entry.name)}", f"highcamp show {refer(seen.run, entry.name)} --layers")
+
+
+def _print_facts(output: Output, facts: list[tuple[str, str]]) -> None:
+    """A name and a value per line; tab-separated in a pipe."""
+    if not output.is_terminal:
+        output.table(Table([Column("FACT", [name for name, _ in facts]), Column("VALUE", [value for _, value in facts])]))
+        return
+    width = max(len(plain(name)) for name, _ in facts)
+    for name, value in facts:
+        output.line(f"{plain(name):<{width}}  {plain(value)}")
+
+
+def _line(seen: Look, entry: Checkpoint | None) -> str:
+    if entry is None:
+        return "none"
+    value = seen.value(entry.metrics)
+    watched = f", {seen.monitor.metric} {number(value)}" if seen.monitor and value is not None else ""
+    return f"{entry.name}, epoch {entry.epoch}{watched}"
+
+
+def _keep_words(seen: Look) -> str:
+    keep = seen.run.keep
+    words = [f"best {keep.best}", f"last {keep.last}"]
+    if keep.every_steps:
+        words.append(f"every {count(keep.every_steps, 'step')}")
+    if keep.every_epochs:
+        words.append(f"every {count(keep.every_epochs, 'epoch')}")
+    return ", ".join(words)

@@ -1,0 +1,423 @@
+"""Translation: the state of Keras models, optimizers, callbacks and random generators, out of live objects and back.
+
+A model is a flat tree `{"dense/kernel": Variable, …}` over `model.variables`: weights, and the state of every
+SeedGenerator, which `.keras` and `.weights.h5` files lack. Its architecture rides along as plain JSON under
+`ARCHITECTURE`, so that an export can rebuild it. An optimizer is a flat tree over `optimizer.variables`: iterations,
+learning rate, slots, moving averages.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import sys
+import weakref
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+import keras
+import numpy as np
+from keras.src.backend.common import global_state
+from keras.src.random import seed_generator as seeds
+from keras.src.utils.naming import to_snake_case
+from keras.src.utils.rng_utils import GLOBAL_RANDOM_SEED
+
+from highcamp.core.array import HostArray
+from highcamp.core.tree import differences
+from highcamp.errors import InvalidState, Mismatch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+ARCHITECTURE = "architecture"
+"""Where a model's tree holds the model as Keras serializes it (plain JSON), or None if Keras cannot."""
+
+# What of a callback changes from epoch to epoch. Keras resets it in every `on_train_begin` and offers no way to save it.
+_CALLBACK_ATTRIBUTES: dict[type, tuple[str, ...]] = {
+    keras.callbacks.EarlyStopping: ("wait", "best", "best_epoch", "best_weights", "stopped_epoch"),
+    keras.callbacks.ReduceLROnPlateau: ("wait", "cooldown_counter", "best"),
+    keras.callbacks.ModelCheckpoint: ("best", "_batches_seen_since_last_saving", "_last_batch_seen"),
+    keras.callbacks.SwapEMAWeights: ("_ema_weights_in_model",),
+}
+
+# Keras numbers the names it makes itself across the whole process: the second model's "dense" is "dense_1".
+_COUNTER = re.compile(r"_\d+(?=[_/]|$)")
+
+_architectures: weakref.WeakKeyDictionary[Any, tuple[int, Any]] = weakref.WeakKeyDictionary()
+
+
+# ------------------------------------------------------------------------------------------- what the door asks for
+
+
+def to_host(leaf: object) -> HostArray | None:
+    """The bytes of a Keras variable, a view of live memory where the backend allows one; None for anything else.
+
+    On JAX the view must be dropped before the next training step: while it lives, the step cannot reuse the buffer.
+    """
+    return HostArray.from_numpy(_view(leaf)) if isinstance(leaf, keras.Variable) else None
+
+
+def from_host(array: HostArray, like: object | None) -> object:  # noqa: ARG001  (a Variable places its value itself)
+    """The saved bytes as a NumPy array; `restore` copies it into memory of the backend."""
+    return array.numpy()
+
+
+def capture(obj: object) -> object | None:
+    """The state tree of a model, layer, metric, optimizer, callback or SeedGenerator, live variables as leaves.
+
+    None: none of Keras's kinds. Raises InvalidState for a model without variables yet, and for a callback whose state
+    is not known.
+    """
+    if isinstance(obj, keras.Model):
+        return model_state(obj)
+    if isinstance(obj, keras.optimizers.Optimizer):
+        return dict(zip(optimizer_labels(obj), _variables(obj), strict=True))
+    if isinstance(obj, keras.callbacks.Callback):
+        return callback_state(obj)
+    if isinstance(obj, keras.random.SeedGenerator):
+        return {"state": obj.state}
+    if isinstance(obj, keras.Layer | keras.metrics.Metric):
+        return dict(zip(_labels(obj, obj.variables), obj.variables, strict=True))
+    return None
+
+
+def template(obj: object) -> object | None:  # noqa: ARG001
+    """None: `check` compares, because integer types differ between backends and names between models of one process."""
+    return None
+
+
+def check(obj: object, tree: object) -> list[str]:
+    """Every difference between a saved tree and the live object, as lines; [] fits. Nothing is changed.
+
+    An optimizer that is not built yet is built first by `restore`, so it is compared only if it is built.
+    """
+    if isinstance(obj, keras.callbacks.Callback):
+        return [] if isinstance(tree, dict) else [f"is not a callback's state but a {type(tree).__name__}"]
+    if not isinstance(tree, dict):
+        return [f"is not a Keras state but a {type(tree).__name__}"]
+    live = _live_variables(obj)
+    if live is None:
+        return []
+    saved = {name: value for name, value in tree.items() if name != ARCHITECTURE}
+    return _differences(saved, live)
+
+
+def restore(obj: object, tree: object) -> None:
+    """Assign a saved tree to the live object's variables, bit for bit; they keep their identity.
+
+    Integers are converted between the widths that backends use for counters and seeds; everything else must be equal
+    in shape and dtype. Raises Mismatch listing every difference, before the first assignment.
+    """
+    problems = check(obj, tree)
+    if problems:
+        raise Mismatch(
+            "the saved state does not fit:" + "".join(f"\n  {line}" for line in problems),
+            hint="build and compile the model as it was when it was saved",
+        )
+    if not isinstance(tree, dict):
+        return
+    if isinstance(obj, keras.callbacks.Callback):
+        set_callback_state(obj, tree)
+        return
+    live = _live_variables(obj)
+    if live is None:
+        raise InvalidState(
+            f"{type(obj).__name__} has no variables yet, so nothing can be restored into it",
+            hint="build it first: model.build(input_shape), or optimizer.build(model.trainable_variables)",
+        )
+    saved = {name: value for name, value in tree.items() if name != ARCHITECTURE}
+    for (name, variable), value in zip(live.items(), _in_order(saved, live), strict=True):
+        _assign(variable, np.asarray(value), name)
+
+
+def random_state() -> dict[str, Any]:
+    """What Keras itself draws from: the seed of `set_random_seed`, and the global SeedGenerator if there is one yet.
+
+    Python's and NumPy's generators are not in it, and neither is PyTorch's.
+    """
+    generator = global_state.get_global_attribute(seeds.GLOBAL_SEED_GENERATOR)
+    return {
+        "seed": global_state.get_global_attribute(GLOBAL_RANDOM_SEED),
+        "generator": None if generator is None else generator.state,
+    }
+
+
+def set_random_state(tree: Any) -> None:
+    """The reverse of `random_state`; draws no number from any generator.
+
+    The seed itself is left as the script has set it: it only says whether `set_random_seed` was called.
+    """
+    saved = tree["generator"]
+    if saved is None:
+        # Made anew by the first unseeded call, from Python's generator, whose state is restored as well.
+        global_state.set_global_attribute(seeds.GLOBAL_SEED_GENERATOR, None)
+        return
+    generator = global_state.get_global_attribute(seeds.GLOBAL_SEED_GENERATOR)
+    if generator is None:
+        generator = keras.random.SeedGenerator(seed=0)  # with a seed: without one it would draw from Python's generator
+        global_state.set_global_attribute(seeds.GLOBAL_SEED_GENERATOR, generator)
+    _assign(generator.state, np.asarray(saved), "global seed generator")
+
+
+# ------------------------------------------------------------------------------------------------------------ models
+
+
+def model_state(model: Any) -> dict[str, Any]:
+    """A model's variables by name, such as {"conv2d/kernel": Variable}, and its architecture as plain JSON.
+
+    Names Keras numbered itself are numbered within this model; equal names are told apart by "~2", "~3", …
+    Raises InvalidState if the model is not built.
+    """
+    if not model.built:
+        raise InvalidState(
+            f"the model {model.name!r} is not built yet: it has no weights to save or restore",
+            hint="start it with keras.Input(shape), or call model.build(input_shape) before training",
+        )
+    return {**dict(zip(_labels(model, model.variables), model.variables, strict=True)), ARCHITECTURE: architecture(model)}
+
+
+def architecture(model: Any) -> Any:
+    """The model as Keras serializes it, as plain JSON; None for a class that does not say how it is made.
+
+    Serializing a large model takes longer than saving a small one, so the answer is kept while the model is unchanged.
+    """
+    known = _architectures.get(model)
+    if known is not None and known[0] == len(model.variables):
+        return known[1]
+    found: Any = None
+    # get_config() of a user's class may raise anything; the weights are worth saving all the same.
+    with contextlib.suppress(Exception):
+        found = json.loads(model.to_json())
+    if not _is_plain(found):
+        found = None
+    _architectures[model] = (len(model.variables), found)
+    return found
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a serialized model nests less deeply than a state tree may, and holds only finite numbers."""
+    queue = deque([(value, 0)])
+    while queue:
+        entry, depth = queue.popleft()
+        if depth > 80:  # noqa: PLR2004  (a state tree ends at 100, and the model's own place in it needs some)
+            return False
+        if isinstance(entry, float) and not np.isfinite(entry):
+            return False
+        if isinstance(entry, dict | list):
+            children = entry.values() if isinstance(entry, dict) else entry
+            queue.extend((child, depth + 1) for child in children)
+    return True
+
+
+def _labels(owner: Any, variables: Sequence[Any]) -> list[str]:
+    """Readable, unique names of variables: their paths without the model's own name, in the order of `variables`."""
+    own = f"{owner.name}/"
+    renamed = _renamed_layers(owner)
+    labels = []
+    for variable in variables:
+        path = variable.path.removeprefix(own)
+        labels.append("/".join(renamed.get(part, part) for part in path.split("/")))
+    return _unique(labels)
+
+
+def _renamed_layers(owner: Any) -> dict[str, str]:
+    """Names that Keras made itself -> the same names counted within `owner` alone.
+
+    So a model built a second time in one process, as notebooks do, is saved under the names of the first.
+    """
+    layers = list(owner._flatten_layers()) if hasattr(owner, "_flatten_layers") else []  # noqa: SLF001
+    generators = [part for variable in owner.variables for part in variable.path.split("/")[:-1]]
+    automatic: dict[str, str] = {}  # name -> what Keras would call the first of its kind
+    given: set[str] = set()
+    for layer in layers:
+        base = to_snake_case(type(layer).__name__)
+        if re.fullmatch(rf"{re.escape(base)}(_\d+)?", layer.name):
+            automatic[layer.name] = base
+        else:
+            given.add(layer.name)
+    automatic |= {part: "seed_generator" for part in generators if re.fullmatch(r"seed_generator(_\d+)?", part)}
+    renamed: dict[str, str] = {}
+    counts: dict[str, int] = {}
+    for name in sorted(automatic, key=lambda name: (automatic[name], _number(name))):
+        base = automatic[name]
+        while True:
+            count = counts.get(base, 0)
+            counts[base] = count + 1
+            fresh = f"{base}_{count}" if count else base
+            if fresh not in given:
+                break
+        renamed[name] = fresh
+    return renamed
+
+
+def _number(name: str) -> int:
+    found = re.search(r"_(\d+)$", name)
+    return int(found[1]) if found else 0
+
+
+def _unique(labels: Iterable[str]) -> list[str]:
+    taken: set[str] = {ARCHITECTURE}
+    found = []
+    for label in labels:
+        name, count = label, 1
+        while name in taken:
+            count += 1
+            name = f"{label}~{count}"
+        taken.add(name)
+        found.append(name)
+    return found
+
+
+# -------------------------------------------------------------------------------------------------------- optimizers
+
+
+def optimizer_labels(optimizer: Any) -> list[str]:
+    """Readable, unique names of `optimizer.variables`: "iteration", "learning_rate", "dense_kernel_momentum", …"""
+    return _unique(variable.path.partition("/")[2] or variable.path for variable in _variables(optimizer))
+
+
+def _variables(optimizer: Any) -> list[Any]:
+    return list(optimizer.variables)
+
+
+def _live_variables(obj: Any) -> dict[str, Any] | None:
+    """The variables of a live object by name; None if it has not been built."""
+    if isinstance(obj, keras.Model) and not obj.built:
+        return None
+    if isinstance(obj, keras.optimizers.Optimizer):
+        return dict(zip(optimizer_labels(obj), _variables(obj), strict=True)) if obj.built else None
+    if isinstance(obj, keras.random.SeedGenerator):
+        return {"state": obj.state}
+    return dict(zip(_labels(obj, obj.variables), obj.variables, strict=True))
+
+
+# --------------------------------------------------------------------------------------------------------- callbacks
+
+
+def has_callback_state(callback: object) -> bool:
+    """Whether it is known what this callback has to remember."""
+    return isinstance(callback, tuple(_CALLBACK_ATTRIBUTES)) or (
+        callable(getattr(callback, "state_dict", None)) and callable(getattr(callback, "load_state_dict", None))
+    )
+
+
+def callback_state(callback: Any) -> dict[str, Any]:
+    """What a callback remembers from epoch to epoch; weights it keeps are arrays.
+
+    Known are Keras's own, and any with `state_dict()` and `load_state_dict()`. Raises InvalidState for others.
+    """
+    if callable(getattr(callback, "state_dict", None)) and callable(getattr(callback, "load_state_dict", None)):
+        return {"state_dict": callback.state_dict()}
+    for kind, attributes in _CALLBACK_ATTRIBUTES.items():
+        if isinstance(callback, kind):
+            return {name: _plain(getattr(callback, name)) for name in attributes if hasattr(callback, name)}
+    raise InvalidState(
+        f"{type(callback).__name__} has no state that could be saved",
+        hint="give it state_dict() and load_state_dict(state)",
+    )
+
+
+def set_callback_state(callback: Any, tree: Mapping[str, Any]) -> None:
+    """The reverse of `callback_state`; to be called after every `on_train_begin` has run, because those reset it."""
+    if "state_dict" in tree:
+        callback.load_state_dict(tree["state_dict"])
+        return
+    for name, value in tree.items():
+        known = any(name in names for kind, names in _CALLBACK_ATTRIBUTES.items() if isinstance(callback, kind))
+        if known:
+            setattr(callback, name, value)
+
+
+def _plain(value: Any) -> Any:
+    """Numbers of a backend or of NumPy as Python's; lists of weights stay lists of arrays."""
+    if isinstance(value, list | tuple):
+        return [np.asarray(entry) for entry in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    array = np.asarray(keras.ops.convert_to_numpy(value))
+    return array.item() if array.ndim == 0 else array
+
+
+# --------------------------------------------------------------------------------------------------------- variables
+
+
+def _view(variable: Any) -> np.ndarray[Any, Any]:
+    """A variable's value as NumPy, sharing memory on PyTorch and JAX where it lies in this machine's memory."""
+    value = variable.value
+    if value is None:
+        raise InvalidState(
+            f"{variable.path} is empty: on JAX the variables are taken out while an epoch runs",
+            hint="reach the model through a callback's self.model, which puts them back",
+        )
+    backend = keras.backend.backend()
+    if backend == "torch":
+        return _torch_view(value)
+    if backend == "jax":
+        return np.asarray(value)
+    return np.asarray(keras.ops.convert_to_numpy(value))
+
+
+def _torch_view(tensor: Any) -> np.ndarray[Any, Any]:
+    torch = sys.modules["torch"]  # the backend in use, so it is imported
+    import ml_dtypes  # noqa: PLC0415
+
+    host = tensor.detach().cpu()
+    if host.dtype == torch.bfloat16:  # NumPy knows it only through ml_dtypes: the same bytes under another name
+        viewed: np.ndarray[Any, Any] = host.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        return viewed
+    try:
+        return np.asarray(host.numpy())
+    except TypeError:
+        return np.asarray(keras.ops.convert_to_numpy(tensor))
+
+
+def _assign(variable: Any, value: np.ndarray[Any, Any], name: str) -> None:
+    """Put bytes into a variable: a copy of its own, never the memory of `value`.
+
+    JAX takes an aligned NumPy array as it is, and the first donated step would then write into the checkpoint's memory.
+    """
+    wanted = np.dtype(_dtype_of(variable))
+    if value.dtype != wanted:
+        if value.dtype.kind not in "iu" or wanted.kind not in "iu":
+            raise Mismatch(f"{name} is {value.dtype} in the checkpoint, {wanted} here")
+        value = value.astype(wanted)  # seeds are int64, int32 or uint32, depending on the backend; they wrap alike
+    tensor = keras.ops.convert_to_tensor(value, dtype=variable.dtype)
+    variable.assign(keras.ops.copy(tensor) if keras.backend.backend() == "jax" else tensor)
+
+
+def _dtype_of(variable: Any) -> np.dtype[Any]:
+    import ml_dtypes  # noqa: PLC0415
+
+    name = str(variable.dtype)
+    return np.dtype(getattr(ml_dtypes, name, None) or name)
+
+
+def _differences(saved: Mapping[str, Any], live: Mapping[str, Any]) -> list[str]:
+    """Lines for every name, shape and dtype that differs; the integer types of counters and seeds may."""
+    if list(saved) != list(live) and _same_but_for_counters(saved, live):
+        saved = dict(zip(live, saved.values(), strict=True))
+    ours = {name: HostArray.from_numpy(np.asarray(value)).spec for name, value in saved.items()}
+    theirs = {}
+    for name, variable in live.items():
+        empty = np.empty((0,), _dtype_of(variable))
+        dtype = HostArray.from_numpy(empty).spec[0]
+        if name in saved and np.asarray(saved[name]).dtype.kind in "iu" and _dtype_of(variable).kind in "iu":
+            dtype = ours[name][0]
+        theirs[name] = (dtype, tuple(int(size) for size in variable.shape))
+    return differences(ours, theirs)
+
+
+def _in_order(saved: Mapping[str, Any], live: Mapping[str, Any]) -> list[Any]:
+    """The saved values in the order of the live variables: by name, or by position where only Keras's counters differ."""
+    if set(saved) == set(live):
+        return [saved[name] for name in live]
+    return list(saved.values())
+
+
+def _same_but_for_counters(saved: Iterable[str], live: Iterable[str]) -> bool:
+    """Whether two lists of names are equal, position by position, once the numbers Keras gave are left out."""
+    ours, theirs = list(saved), list(live)
+    return set(ours) != set(theirs) and [_COUNTER.sub("", name) for name in ours] == [
+        _COUNTER.sub("", name) for name in theirs
+    ]

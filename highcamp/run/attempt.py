@@ -1,0 +1,224 @@
+"""The attempt under way: the writing side of a run. One process owns it, logs, commits and prunes."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import threading
+import weakref
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from highcamp.core.manifest import Manifest, split_metrics
+from highcamp.errors import Damaged, Refused, StorageError
+from highcamp.run import commit, owner
+from highcamp.run.checkpoint import Checkpoint
+from highcamp.run.history import Event, append_event, attempt_numbers, format_time, log_event
+from highcamp.run.run import Run
+from highcamp.run.settings import Settings, monitor_facts, read_settings, write_settings
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from highcamp.policy.cadence import Every
+    from highcamp.policy.monitor import Monitor
+    from highcamp.policy.retention import Keep
+    from highcamp.run.commit import Part
+    from highcamp.storage.store import Store
+
+
+class OngoingAttempt:
+    """One process's stretch of a run, while it lasts.
+
+    number: its place among the attempts. run: the run as a reader sees it.
+    """
+
+    def __init__(self, store: Store, *, monitor: Monitor | None, keep: Keep, every: Every) -> None:
+        """Become the owner of the run in `store`, which begins to exist with it, and clear what dead saves left behind.
+
+        Raises RunLocked naming a live owner, StorageError if the place cannot be written to.
+        """
+        self._store = store
+        self._monitor = monitor
+        self._keep = keep
+        directory = local_directory(store)
+        check_place(store)
+        self._ownership = owner.take(store, directory, datetime.now(UTC))
+        try:
+            self.run = Run(store)
+            self._settings = self._open_settings(str(every))
+            self.swept = commit.sweep(store)
+            self.number = max(attempt_numbers(store), default=0) + 1
+            self._sequence = max((entry.sequence for entry in self.run.checkpoints), default=0)
+        except BaseException:
+            self._ownership.release()
+            raise
+        weakref.finalize(self, self._ownership.release)  # also if it is forgotten rather than ended
+        self._damaged: set[str] = set()
+        self._lock = threading.Lock()  # the history is written by the loop and by the writer
+        self._parent: str | None = None
+        self._unsynced = False
+
+    def _open_settings(self, every: str) -> Settings:
+        known = read_settings(self._store)
+        if known is None:
+            manifests = [entry.manifest for entry in self.run.checkpoints]
+            run_id = manifests[-1].run_id if manifests else secrets.token_hex(8)
+            known = Settings(run_id=run_id, created_at=format_time(datetime.now(UTC)))
+        keep = {
+            name: getattr(self._keep, name)
+            for name in ("best", "last", "every_steps", "every_epochs")
+            if getattr(self._keep, name) is not None
+        }
+        return msgspec.structs.replace(known, monitor=monitor_facts(self._monitor), keep=keep, every=every)
+
+    def note(self, *, tracked: Sequence[str] | None = None, epochs_planned: int | None = None) -> None:
+        """Write into `run.json` what is known now. tracked: the names of the objects that checkpoints will hold."""
+        changed = self._settings
+        if tracked is not None:
+            changed = msgspec.structs.replace(changed, tracked=tuple(tracked))
+        if epochs_planned is not None:
+            changed = msgspec.structs.replace(changed, epochs_planned=epochs_planned)
+        self._settings = changed
+        if read_settings(self._store) != changed:
+            write_settings(self._store, changed)
+
+    def check_tracked(self, checkpoint: Checkpoint, names: Sequence[str]) -> None:
+        """Whether a checkpoint holds the objects called `names`, no more and no fewer. Raises Refused listing both."""
+        saved, live = set(checkpoint.objects), set(names)
+        if saved != live:
+            only_saved, only_live = sorted(saved - live), sorted(live - saved)
+            parts = [f"saved but not tracked: {', '.join(only_saved)}"] if only_saved else []
+            parts += [f"tracked but not saved: {', '.join(only_live)}"] if only_live else []
+            raise Refused(
+                f"{checkpoint.path} holds other objects than are tracked ({'; '.join(parts)})",
+                path=checkpoint.path,
+                hint="track the same objects under the same names; for another experiment use another directory",
+            )
+
+    def start(self, resumed_from: Checkpoint | None) -> None:
+        """Write down, durably, where this attempt begins."""
+        self._parent = resumed_from.name if resumed_from else None
+        self._append(
+            Event(
+                event="start",
+                at=format_time(datetime.now(UTC)),
+                resumed_from=self._parent,
+                step=resumed_from.step if resumed_from else 0,
+                epoch=resumed_from.epoch if resumed_from else 0,
+                batch=resumed_from.batch if resumed_from else 0,
+                host=socket.gethostname(),
+                pid=os.getpid(),
+            ),
+            durable=True,
+        )
+
+    def log(self, step: int, epoch: int, metrics: Mapping[str, float]) -> None:
+        """Append a row of metrics; it is durable before the next commit is."""
+        self._append(log_event(step, epoch, metrics, datetime.now(UTC)), durable=False)
+        self._unsynced = True
+
+    def end(self, how: str, step: int, epoch: int) -> None:
+        """Write down, durably, how this attempt ended, and give the run back."""
+        try:
+            event = Event(event="end", at=format_time(datetime.now(UTC)), how=how, step=step, epoch=epoch)
+            self._append(event, durable=True)
+        finally:
+            self.release()
+
+    def release(self) -> None:
+        """Give the run back without a word."""
+        self._ownership.release()
+
+    def note_damaged(self, name: str) -> None:
+        """Remember a checkpoint that was found damaged: it fills no quota, and nothing removes it."""
+        self._damaged.add(name)
+
+    def manifest(
+        self, *, step: int, epoch: int, batch: int, metrics: Mapping[str, float], versions: dict[str, str]
+    ) -> Manifest:
+        """The facts of the next checkpoint; each call takes the next sequence number."""
+        self._sequence += 1
+        finite, nonfinite = split_metrics(metrics)
+        return Manifest(
+            run_id=self._settings.run_id, step=step, epoch=epoch, batch=batch, sequence=self._sequence,
+            attempt=self.number, parent=self._parent, created_at=format_time(datetime.now(UTC)),
+            metrics=finite, nonfinite=nonfinite, versions=versions,
+        )  # fmt: skip
+
+    def commit(self, manifest: Manifest, parts: Sequence[Part]) -> Checkpoint:
+        """Make a checkpoint exist; when this returns it is durable, and so is every row logged before it."""
+        self._check_space(sum(len(part.data) for part in parts))
+        self.sync()  # a row lost in a power cut would turn the best into an unranked checkpoint
+        name, manifest = commit.commit(self._store, manifest, parts)
+        self._parent = name
+        return Checkpoint(name, manifest, manifest.values, store=self._store)
+
+    def prune(self) -> list[str]:
+        """Remove what the retention does not keep, and return the names; what was just committed is looked at first.
+
+        Nothing goes before the newest checkpoint is seen to be there, and all rows that rank it are durable.
+        """
+        plan = self.run.plan(self._keep, monitor=self._monitor, damaged=self._damaged)
+        if not plan.remove:
+            return []
+        self.sync()
+        survivors = [
+            entry for entry in self.run.checkpoints if entry.name in plan.keep and entry.name not in self._damaged
+        ]
+        whole = [entry for entry in survivors if entry.verify(quick=len(survivors) > 1).is_whole]
+        if not whole:
+            names = ", ".join(entry.name for entry in survivors) or "no checkpoint"
+            raise Damaged(
+                f"nothing was removed: {names} would be all that is left, and is not whole",
+                path=self._store.url,
+                hint=f'"highcamp verify {self._store.url}" shows the damage',
+            )
+        pinned = self.run.pins.values()  # looked at again: somebody may have pinned one since the plan was made
+        return [name for name in plan.remove if name not in pinned and commit.remove(self._store, name)]
+
+    def sync(self) -> None:
+        """Make every row logged so far durable."""
+        if self._unsynced:
+            self._unsynced = False
+            with self._lock:
+                self._store.append(f"history/attempt-{self.number:04d}.jsonl", b"", durable=True)
+
+    def _append(self, event: Event, *, durable: bool) -> None:
+        with self._lock:
+            append_event(self._store, self.number, event, durable=durable)
+
+    def _check_space(self, needed: int) -> None:
+        """Fail before writing rather than in the middle; nothing good is ever removed to make room."""
+        free = self._store.free_bytes()
+        if free is not None and free < needed:
+            raise StorageError(
+                f"{self._store.url}: a checkpoint needs {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free",
+                path=self._store.url,
+                hint="free some space, or keep fewer checkpoints (Keep); training can go on meanwhile with on_error='warn'",
+            )
+
+
+def check_place(store: Store) -> None:
+    """Whether a run can be there. Raises Refused for a file, or for a directory that may not be written to."""
+    directory = local_directory(store)
+    if directory is None:
+        return
+    if directory.exists() and not directory.is_dir():
+        raise Refused(f"{directory} is a file, not a directory", path=str(directory), hint="name another directory")
+    parent = next(parent for parent in (directory, *directory.parents) if parent.exists())
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise Refused(
+            f"{parent} may not be written to by this user",
+            path=str(parent),
+            hint="name a directory that you may write to",
+        )
+
+
+def local_directory(store: Store) -> Path | None:
+    """The directory of a run on a local disk; None for another store."""
+    return None if "://" in store.url else Path(store.url)

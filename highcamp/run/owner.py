@@ -1,0 +1,209 @@
+"""The owner: at most one live process writes to a run, and a dead one is taken over.
+
+`owner.json` says who: host, process, and when that process started, so that a number used again is no mistake. It is the
+truth; no lock is held while training runs, because locks are inherited by data-loader workers and unknown to some
+network file systems. A short lock only keeps two starting processes from deciding at the same moment.
+
+A process on this machine is looked up. One elsewhere (another host, container or boot) cannot be: its record counts up
+while it lives, so we watch it for a while and take over if it stands still.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from highcamp.errors import RunLocked, StorageError
+from highcamp.run.history import format_time
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from datetime import datetime
+
+    from highcamp.storage.store import Store
+
+OWNER = "owner.json"
+BEAT_SECONDS = 5.0  # a few bytes now and then: unnoticed by any file system
+WATCH_SECONDS = 3 * BEAT_SECONDS  # one beat may be late by a whole one
+
+
+class Owner(msgspec.Struct, frozen=True, kw_only=True):
+    """Who writes to a run. boot, namespace: where its process number means something. beat: counts up while it lives.
+
+    number: how often the run has changed hands.
+    """
+
+    host: str
+    boot: str
+    namespace: str
+    pid: int
+    started: str
+    since: str
+    number: int = 1
+    beat: int = 0
+
+    def describe(self) -> str:
+        """The words for an error."""
+        return f"process {self.pid} on {self.host}, since {self.since}"
+
+
+class Ownership:
+    """This process's hold on a run, kept alive by a small thread until `release`."""
+
+    def __init__(self, store: Store, owner: Owner) -> None:
+        """Begin to keep the record of `owner` alive."""
+        self._store = store
+        self._owner = owner
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._keep_alive, name="highcamp-owner", daemon=True)
+        self._thread.start()
+
+    @property
+    def number(self) -> int:
+        """How often the run has changed hands."""
+        return self._owner.number
+
+    def release(self) -> None:
+        """Give the run back; the next process need not wait. Twice is once."""
+        if self._stop.is_set():
+            return
+        self._stop.set()
+        self._thread.join()
+        found = _read(self._store)
+        if found is not None and _same(found, self._owner):  # not a successor's, who took over while we were stopped
+            with contextlib.suppress(StorageError):  # a record left behind names a process that will be dead
+                self._store.remove(OWNER)
+
+    def _keep_alive(self) -> None:
+        while not self._stop.wait(BEAT_SECONDS):
+            self._owner = msgspec.structs.replace(self._owner, beat=self._owner.beat + 1)
+            with contextlib.suppress(StorageError):  # a full disk must not end the beat for ever
+                _write(self._store, self._owner)
+
+
+def take(
+    store: Store, lock_directory: Path | None, now: datetime, watch: Callable[[float], None] = time.sleep
+) -> Ownership:
+    """Become the owner of the run in `store`.
+
+    lock_directory: the run's directory where it is local. watch: how to wait. Raises RunLocked naming the owner.
+    """
+    with _deciding(lock_directory):
+        found = _read(store)
+        if found is not None and _is_alive(found, store, watch):
+            raise RunLocked(
+                f"{store.url} is being written by {found.describe()}",
+                path=store.url,
+                hint="wait for it, stop it, or use another directory",
+            )
+        owner = Owner(
+            host=socket.gethostname(),
+            boot=_boot(),
+            namespace=_namespace(),
+            pid=os.getpid(),
+            started=_started(os.getpid()) or "",
+            since=format_time(now),
+            number=found.number + 1 if found else 1,
+        )
+        _write(store, owner)
+    return Ownership(store, owner)
+
+
+def current(store: Store) -> Owner | None:
+    """The live owner of a run as far as can be told without waiting; None if there is none."""
+    found = _read(store)
+    if found is None or (_is_here(found) and _started(found.pid) != found.started):
+        return None
+    return found
+
+
+@contextlib.contextmanager
+def _deciding(lock_directory: Path | None):  # type: ignore[no-untyped-def]  # noqa: ANN202
+    if lock_directory is None:
+        yield
+        return
+    import filelock
+
+    try:
+        lock_directory.mkdir(parents=True, exist_ok=True)  # made durable by the first write of the store
+        with filelock.FileLock(lock_directory / ".owner.lock", timeout=2 * WATCH_SECONDS):
+            yield
+    except PermissionError as error:
+        raise StorageError(
+            f"{lock_directory} cannot be written to: {error.strerror}",
+            path=str(lock_directory),
+            hint="name a directory that you may write to",
+            errno=error.errno,
+        ) from error
+    except filelock.Timeout as error:
+        raise RunLocked(
+            f"{lock_directory} is being taken by another starting process", path=str(lock_directory), hint="try again"
+        ) from error
+
+
+def _is_alive(owner: Owner, store: Store, watch: Callable[[float], None]) -> bool:
+    if _is_here(owner):
+        return _started(owner.pid) == owner.started
+    watch(WATCH_SECONDS)
+    later = _read(store)
+    return later is not None and (not _same(later, owner) or later.beat != owner.beat)
+
+
+def _is_here(owner: Owner) -> bool:
+    """Whether its process number means something in this process."""
+    return (owner.host, owner.boot, owner.namespace) == (socket.gethostname(), _boot(), _namespace())
+
+
+def _same(one: Owner, other: Owner) -> bool:
+    return msgspec.structs.replace(one, beat=0) == msgspec.structs.replace(other, beat=0)
+
+
+def _read(store: Store) -> Owner | None:
+    try:
+        return msgspec.json.decode(store.read(OWNER, 1 << 16), type=Owner)
+    except (FileNotFoundError, msgspec.MsgspecError):
+        return None  # no record, or one torn by a crash: nobody holds the run
+
+
+def _write(store: Store, owner: Owner) -> None:
+    store.replace(OWNER, msgspec.json.encode(owner) + b"\n")
+
+
+def _boot() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
+
+
+def _namespace() -> str:
+    try:
+        return str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        return ""
+
+
+def _started(pid: int) -> str | None:
+    """When the process began, as the kernel tells it; "" where it does not, None if there is no such process."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    except OSError:
+        if Path("/proc/self/stat").exists():
+            return None
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return None
+        except PermissionError:
+            return ""
+        return ""
+    if fields[0] in "ZX":  # dead, waiting for its parent to notice
+        return None
+    return fields[19]

@@ -1,0 +1,61 @@
+"""References: `best`, `best~1`, `last`, `last~2`, `step:450`, `epoch:45`, `pin:paper`, a checkpoint's name."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from typing import TYPE_CHECKING
+
+from highcamp.errors import CheckpointNotFound
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from highcamp.run.checkpoint import Checkpoint
+
+_RANKED = re.compile(r"(best|last)(?:~(\d{1,9}))?\Z")
+_COUNTED = re.compile(r"(step|epoch):(\d{1,16})\Z")
+
+
+def resolve(
+    reference: str,
+    checkpoints: Sequence[Checkpoint],
+    ranked: Sequence[Checkpoint],
+    pins: Mapping[str, str],
+    where: str,
+) -> Checkpoint:
+    """The one checkpoint that `reference` means.
+
+    checkpoints: in (step, sequence) order. ranked: best first. pins: pin name -> checkpoint name. where: the run, for
+    errors. Two commits of the same step are told apart by taking the newer one. Raises CheckpointNotFound.
+    """
+    found: Checkpoint | None = None
+    if match := _RANKED.match(reference):
+        found = first_whole(ranked if match[1] == "best" else reversed(checkpoints), skip=int(match[2] or 0))
+    elif match := _COUNTED.match(reference):
+        fitting = [entry for entry in checkpoints if getattr(entry, match[1]) == int(match[2])]
+        found = fitting[-1] if fitting else None
+    else:
+        name = pins.get(reference.removeprefix("pin:")) if reference.startswith("pin:") else reference
+        found = next((entry for entry in checkpoints if entry.name == name), None)
+    if found is None:
+        raise CheckpointNotFound(
+            f"{where} has no checkpoint {reference!r}", path=where, hint=_candidates(checkpoints, ranked, pins)
+        )
+    return found
+
+
+def first_whole(checkpoints: Iterable[Checkpoint], skip: int = 0) -> Checkpoint | None:
+    """The first checkpoint whose files are there in their full size, `skip` such ones passed over."""
+    whole = (entry for entry in checkpoints if entry.verify(quick=True).is_whole)
+    return next(itertools.islice(whole, skip, None), None)
+
+
+def _candidates(checkpoints: Sequence[Checkpoint], ranked: Sequence[Checkpoint], pins: Mapping[str, str]) -> str:
+    if not checkpoints:
+        return "it has no checkpoints yet"
+    names = [entry.name for entry in checkpoints[-5:]]
+    more = f" and {len(checkpoints) - 5} older ones" if len(checkpoints) > len(names) else ""
+    words = (["best"] if ranked else []) + ["last", *(f"pin:{pin}" for pin in pins)]
+    no_best = "" if ranked else "; there is no best, because no checkpoint has a finite value of a monitored metric"
+    return f"there are {', '.join(words)}, {', '.join(names)}{more}{no_best}"

@@ -1,0 +1,352 @@
+"""Run: one training run, its checkpoints and its history, as they are on disk now."""
+
+from __future__ import annotations
+
+import os
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from highcamp.core import strict
+from highcamp.core.names import check_name, is_file_name
+from highcamp.errors import CheckpointNotFound, Damaged, Refused, RunNotFound
+from highcamp.policy import retention
+from highcamp.policy.candidate import Candidate
+from highcamp.run import commit, verify
+from highcamp.run.history import History, attempt_numbers, format_time, parse_time, read_history
+from highcamp.run.references import first_whole, resolve
+from highcamp.run.settings import Settings, read_settings
+from highcamp.storage.store import open_store
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator
+    from pathlib import Path
+
+    from highcamp.core.manifest import Manifest
+    from highcamp.policy.monitor import Monitor
+    from highcamp.policy.retention import Keep, Plan
+    from highcamp.run.checkpoint import Checkpoint
+    from highcamp.run.verify import Verification
+    from highcamp.storage.store import Store
+
+PINS = "pins"
+MAX_PIN_BYTES = 1 << 16  # a name and a time
+
+
+def open_run(path: str | os.PathLike[str]) -> Run:
+    """Open the run at `path` (a directory or a store URL) to look at it; takes no lock and writes nothing.
+
+    Raises RunNotFound.
+    """
+    store = open_store(path)
+    if store.size("run.json") is None and not commit.checkpoint_names(store) and not attempt_numbers(store):
+        raise RunNotFound(
+            f"there is no run at {store.url}",
+            path=store.url,
+            hint="a run is a directory that a Checkpointer has written to",
+        )
+    return Run(store)
+
+
+class Run:
+    """One training run: its checkpoints and its history, across all restarts.
+
+    Every property looks at the disk again, so best and last are always facts; only manifests, which never change, are
+    remembered. Reading needs no framework and writes nothing.
+    """
+
+    def __init__(self, store: Store) -> None:
+        """A run in `store`; use `highcamp.open`."""
+        self.store = store
+        self._manifests: dict[str, Manifest] = {}
+
+    def __repr__(self) -> str:
+        """Where it is."""
+        return f"Run({self.path!r})"
+
+    @property
+    def path(self) -> str:
+        """Its directory, or its URL."""
+        return self.store.url
+
+    @property
+    def settings(self) -> Settings:
+        """What `run.json` says, or what can be told without it."""
+        settings = read_settings(self.store)
+        if settings is not None:
+            return settings
+        newest = max((manifest for _, manifest in self._readable()[0]), key=lambda found: found.order, default=None)
+        return Settings(run_id=newest.run_id if newest else "", created_at=newest.created_at if newest else "")
+
+    @property
+    def run_id(self) -> str:
+        """Tells this run from every other one."""
+        return self.settings.run_id
+
+    @property
+    def created_at(self) -> datetime:
+        """When the run began, UTC."""
+        return parse_time(self.settings.created_at)
+
+    @property
+    def monitor(self) -> Monitor | None:
+        """The metric watched, as given to the last Checkpointer."""
+        return self.settings.monitor_value()
+
+    @property
+    def keep(self) -> Keep:
+        """The retention, as given to the last Checkpointer."""
+        return self.settings.keep_value()
+
+    @property
+    def every(self) -> str:
+        """The cadence in words, as given to the last Checkpointer."""
+        return self.settings.every
+
+    @property
+    def epochs_planned(self) -> int | None:
+        """How many epochs the last `epochs(n)` asked for."""
+        return self.settings.epochs_planned
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all planned epochs are done and committed."""
+        planned, last = self.epochs_planned, self.last
+        return planned is not None and last is not None and last.epoch >= planned
+
+    @property
+    def history(self) -> History:
+        """Every row of metrics logged, across attempts."""
+        return read_history(self.store)
+
+    @property
+    def checkpoints(self) -> list[Checkpoint]:
+        """All readable checkpoints in (step, sequence) order, metrics completed by the history."""
+        from highcamp.run.checkpoint import Checkpoint
+
+        history = self.history
+        found = []
+        for name, manifest in sorted(self._readable()[0], key=lambda pair: pair[1].order):
+            metrics = {**manifest.values, **history.at_checkpoint(name, manifest.attempt, manifest.step)}
+            found.append(Checkpoint(name, manifest, metrics, store=self.store))
+        return found
+
+    @property
+    def unreadable(self) -> list[tuple[str, str]]:
+        """What lies among the checkpoints but cannot be read: (name, why). It is never touched."""
+        return self._readable()[1]
+
+    @property
+    def best(self) -> Checkpoint | None:
+        """The best-ranked whole checkpoint; None if none has a finite value of the monitored metric."""
+        return first_whole(self.rank())
+
+    @property
+    def last(self) -> Checkpoint | None:
+        """The newest checkpoint by (step, sequence) whose files are there in their full size."""
+        return first_whole(reversed(self.checkpoints))
+
+    def rank(self, monitor: Monitor | None = None, checkpoints: list[Checkpoint] | None = None) -> list[Checkpoint]:
+        """The checkpoints that have a finite value of the monitored metric, best first.
+
+        monitor: another one than the run's. checkpoints: rank these instead of all.
+        """
+        monitor = monitor or self.monitor
+        if monitor is None:
+            return []
+        by_name = {entry.name: entry for entry in (self.checkpoints if checkpoints is None else checkpoints)}
+        return [
+            by_name[candidate.name] for candidate in monitor.rank([_candidate(entry) for entry in by_name.values()])
+        ]
+
+    def checkpoint(self, reference: str) -> Checkpoint:
+        """The checkpoint that `reference` means: best, best~1, last, last~2, step:450, epoch:45, pin:paper, or a name.
+
+        Raises CheckpointNotFound, which lists what there is.
+        """
+        checkpoints = self.checkpoints
+        return resolve(reference, checkpoints, self.rank(checkpoints=checkpoints), self.pins, self.path)
+
+    @property
+    def size_bytes(self) -> int:
+        """The bytes of all readable checkpoints."""
+        return sum(entry.size_bytes for entry in self.checkpoints)
+
+    @property
+    def resumed_from(self) -> str | None:
+        """The checkpoint that the newest attempt went on from."""
+        attempts = self.history.attempts
+        return attempts[-1].resumed_from if attempts else None
+
+    # Keeping and removing
+
+    def plan(self, keep: Keep | None = None, *, monitor: Monitor | None = None, damaged: Collection[str] = ()) -> Plan:
+        """What `keep` (the run's own by default) would keep, with reasons, and what it would remove; changes nothing.
+
+        damaged: names known to be damaged; they fill no quota and are not removed.
+        """
+        checkpoints = self.checkpoints
+        short = {entry.name for entry in checkpoints if not entry.verify(quick=True).is_whole}
+        return retention.plan(
+            keep or self.keep,
+            monitor or self.monitor,
+            [_candidate(entry) for entry in checkpoints],
+            pins=self.pins,
+            resumed_from=self.resumed_from,
+            damaged=short | set(damaged),
+        )
+
+    def prune(self, keep: Keep | None = None, *, dry_run: bool = False) -> Plan:
+        """Move to the trash what `keep` (the run's own by default) does not keep, and return the plan that was followed.
+
+        The best, the last, the one resumed from, pinned ones and the only whole one always stay. `undelete` brings back.
+        """
+        plan = self.plan(keep)
+        if not dry_run:
+            for name in plan.remove:
+                if name not in self.pins.values():  # one may have been pinned since the plan was made
+                    commit.withdraw(self.store, name)
+        return plan
+
+    def remove(self, reference: str) -> str:
+        """Move one checkpoint to the trash and return its name. Raises Refused for the best, the last and pinned ones."""
+        entry = self.checkpoint(reference)
+        protected = {name: reasons for name, reasons in self._protected().items() if name == entry.name}
+        if protected:
+            raise Refused(
+                f"{entry.name} is protected: {', '.join(protected[entry.name])}",
+                path=entry.path,
+                hint="the best, the last, the one resumed from and pinned checkpoints are not removed",
+            )
+        commit.withdraw(self.store, entry.name)
+        return entry.name
+
+    def _protected(self) -> dict[str, list[str]]:
+        best, last = self.best, self.last
+        pairs = [(best.name, "best")] if best else []
+        pairs += [(last.name, "last")] if last else []
+        pairs += [(name, f"pin:{pin}") for pin, name in self.pins.items()]
+        pairs += [(self.resumed_from, "resumed from")] if self.resumed_from else []
+        reasons: dict[str, list[str]] = {}
+        for name, reason in pairs:
+            reasons.setdefault(name, []).append(reason)
+        return reasons
+
+    @property
+    def trash(self) -> dict[str, str]:
+        """What can be brought back: trash name -> the name the checkpoint had."""
+        return commit.trashed(self.store)
+
+    def undelete(self, name: str) -> str:
+        """Bring a checkpoint back from the trash by the name it had; returns the name it has now.
+
+        Raises CheckpointNotFound.
+        """
+        trash = self.trash
+        found = [entry for entry, had in trash.items() if name in (entry, had)]
+        if not found:
+            there = ", ".join(sorted(set(trash.values()))) or "nothing"
+            raise CheckpointNotFound(
+                f"{name} is not in the trash of {self.path}", path=self.path, hint=f"there is {there}"
+            )
+        return commit.restore_trash(self.store, found[-1])
+
+    def empty_trash(self) -> list[str]:
+        """Remove for good what is in the trash, and return the names the checkpoints had."""
+        trash = self.trash
+        for entry in trash:
+            self.store.remove(commit.checkpoint_path(entry))
+        return list(trash.values())
+
+    # Pins
+
+    @property
+    def pins(self) -> dict[str, str]:
+        """Pin name -> checkpoint name."""
+        found = {}
+        for file in self.store.list(PINS):
+            name = file.removesuffix(".json")
+            if file == name or not is_file_name(name):
+                continue
+            path = f"{PINS}/{file}"
+            try:
+                document = strict.read(self.store.read(path, MAX_PIN_BYTES), where=path, limit=MAX_PIN_BYTES)
+            except (Damaged, FileNotFoundError):
+                continue  # torn or just removed: it points nowhere
+            if isinstance(document, dict) and isinstance(document.get("checkpoint"), str):
+                found[name] = document["checkpoint"]
+        return found
+
+    def pin(self, reference: str, name: str) -> Checkpoint:
+        """Give a checkpoint a name that protects it; returns the checkpoint.
+
+        Raises Refused if another checkpoint has that pin, InvalidArgument for a name that cannot be a file name.
+        """
+        check_name(name, "pin")
+        entry = self.checkpoint(reference)
+        holder = self.pins.get(name)
+        if holder not in (None, entry.name):
+            raise Refused(
+                f"pin {name} is on {holder}", path=self.path, hint=f"unpin {name} first, or choose another name"
+            )
+        fact = {"checkpoint": entry.name, "created_at": format_time(datetime.now(UTC))}
+        self.store.replace(f"{PINS}/{name}.json", strict.write(fact) + b"\n")
+        if commit.read_manifest(self.store, entry.name) is None:  # removed while we wrote: a pin must never lie
+            self.store.remove(f"{PINS}/{name}.json")
+            raise CheckpointNotFound(f"{entry.name} was removed meanwhile", path=entry.path)
+        return entry
+
+    def unpin(self, name: str) -> str:
+        """Take a pin away; returns the name of the checkpoint it was on. Raises CheckpointNotFound."""
+        holder = self.pins.get(name)
+        if holder is None:
+            hint = f"pins: {', '.join(self.pins) or 'none'}"
+            raise CheckpointNotFound(f"{self.path} has no pin {name!r}", path=self.path, hint=hint)
+        self.store.remove(f"{PINS}/{name}.json")
+        return holder
+
+    # Looking closer
+
+    def verify(self, *, quick: bool = False) -> Iterator[Verification]:
+        """Verify every checkpoint, one result each, and whatever else lies where they lie; repairs nothing."""
+        checkpoints = self.checkpoints
+        for entry in checkpoints:
+            yield entry.verify(quick=quick)
+        yield from verify.verify_unlisted(self.store, [entry.name for entry in checkpoints])
+
+    def plot(self, path: str | os.PathLike[str], *, metric: str | None = None) -> Path:
+        """Draw the history with the best epoch marked; PNG, SVG or PDF by suffix. Raises MissingExtra for `[plot]`."""
+        from highcamp import plot
+
+        return plot.draw(self, path, metric=metric)
+
+    def _readable(self) -> tuple[list[tuple[str, Manifest]], list[tuple[str, str]]]:
+        """(name, manifest) of what can be read and is ours, and (name, why) of the rest."""
+        readable: list[tuple[str, Manifest]] = []
+        unreadable: list[tuple[str, str]] = []
+        for name in commit.checkpoint_names(self.store):
+            manifest = self._manifests.get(name)
+            try:
+                if manifest is None or self.store.size(f"{commit.checkpoint_path(name)}/manifest.json") is None:
+                    manifest = commit.read_manifest(self.store, name)
+            except Damaged as error:
+                unreadable.append((name, str(error)))
+                continue
+            if manifest is None:
+                unreadable.append((name, "it has no manifest, so it is no checkpoint"))
+                continue
+            self._manifests[name] = manifest
+            readable.append((name, manifest))
+        try:
+            settings = read_settings(self.store)
+        except Damaged:
+            settings = None  # a hint that is lost hides no checkpoint
+        if settings is not None:
+            unreadable += [
+                (n, f"it belongs to another run ({m.run_id})") for n, m in readable if m.run_id != settings.run_id
+            ]
+            readable = [(n, m) for n, m in readable if m.run_id == settings.run_id]
+        return readable, unreadable
+
+
+def _candidate(entry: Checkpoint) -> Candidate:
+    return Candidate(entry.name, entry.step, entry.sequence, entry.epoch, entry.metrics)

@@ -1,0 +1,89 @@
+"""`run.json`: what a run is, and what it was last asked to do. Its facts are hints for people and commands, but for the
+run id and the names of the tracked objects, which tell one experiment from another.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from highcamp.core import strict
+from highcamp.core.manifest import FORMAT
+from highcamp.errors import Damaged, InvalidArgument, Unreadable
+from highcamp.policy.monitor import Monitor
+from highcamp.policy.retention import Keep
+
+if TYPE_CHECKING:
+    from highcamp.storage.store import Store
+
+RUN = "run.json"
+MAX_RUN_BYTES = 1 << 20  # a page of facts
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """The content of `run.json`.
+
+    monitor, keep: as given to the last Checkpointer. every: its cadence, in words. epochs_planned: the `n` of the last
+    `epochs(n)`. tracked: the names of the tracked objects.
+    """
+
+    format: int = FORMAT
+    run_id: str
+    created_at: str
+    monitor: dict[str, str | float] | None = None
+    keep: dict[str, int | None] = {}
+    every: str = ""
+    epochs_planned: int | None = None
+    tracked: tuple[str, ...] = ()
+
+    def monitor_value(self) -> Monitor | None:
+        """The recorded Monitor."""
+        if self.monitor is None:
+            return None
+        return Monitor(
+            str(self.monitor["metric"]), str(self.monitor["mode"]), min_delta=float(self.monitor.get("min_delta", 0.0))
+        )
+
+    def keep_value(self) -> Keep:
+        """The recorded Keep."""
+        return Keep(**self.keep) if self.keep else Keep()
+
+
+def monitor_facts(monitor: Monitor | None) -> dict[str, str | float] | None:
+    """A Monitor as JSON."""
+    if monitor is None:
+        return None
+    return {"metric": monitor.metric, "mode": monitor.mode, "min_delta": monitor.min_delta}
+
+
+def read_settings(store: Store) -> Settings | None:
+    """The run's settings, None if there is no `run.json`. Raises Damaged or Unreadable."""
+    where = f"{store.url}/{RUN}"
+    try:
+        data = store.read(RUN, MAX_RUN_BYTES)
+    except FileNotFoundError:
+        return None
+    document = strict.read(data, where=where, limit=MAX_RUN_BYTES)
+    if isinstance(document, dict) and isinstance(document.get("format"), int) and document["format"] > FORMAT:
+        raise Unreadable(
+            f"{where} has format version {document['format']}, this highcamp reads up to {FORMAT}",
+            path=where,
+            hint="install a newer highcamp",
+        )
+    try:
+        settings = msgspec.convert(document, Settings)
+        settings.monitor_value()
+        settings.keep_value()
+    except (msgspec.ValidationError, InvalidArgument, KeyError, TypeError, ValueError) as error:
+        raise Damaged(
+            f"{where} is no run.json: {error}",
+            path=where,
+            hint="move it away: the run works from its checkpoints, and the next training writes a new one",
+        ) from error
+    return settings
+
+
+def write_settings(store: Store, settings: Settings) -> None:
+    """Replace `run.json` at once, durably."""
+    store.replace(RUN, msgspec.json.format(msgspec.json.encode(settings), indent=2) + b"\n")

@@ -1,0 +1,541 @@
+"""PyTorch translation: tensors, modules, optimizers, schedulers, random state and loaders to plain trees and back.
+
+Nothing is decided and nothing is stored here. A *tree* is nested dicts, lists and plain values with tensors as leaves;
+in a tree given to `check` or `restore` the leaves are tensors made by `from_host`.
+
+Mid-epoch resume: see `resume_iter` for the order of the calls.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import warnings
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils.data import DataLoader, IterableDataset
+
+from highcamp.core.array import HostArray
+from highcamp.errors import InvalidState, Mismatch
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Iterable, Iterator, Mapping
+
+Tree: TypeAlias = dict[str, Any]
+
+_DTYPES: dict[torch.dtype, str] = {
+    getattr(torch, name): spelling
+    for name, spelling in {
+        "bool": "BOOL", "uint8": "U8", "int8": "I8", "int16": "I16", "uint16": "U16", "int32": "I32", "uint32": "U32",
+        "int64": "I64", "uint64": "U64", "float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64",
+        "complex64": "C64", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e8m0fnu": "F8_E8M0",
+        "float8_e4m3fnuz": "F8_E4M3FNUZ", "float8_e5m2fnuz": "F8_E5M2FNUZ", "float4_e2m1fn_x2": "F4",
+    }.items()
+    if hasattr(torch, name)  # the last ones came with torch 2.7 and 2.8
+}  # fmt: skip
+_TORCH_DTYPES = {spelling: dtype for dtype, spelling in _DTYPES.items()}
+
+# What torch's own optimizers keep in the shape of the parameter; under any other name any shape may be kept.
+_PARAMETER_SHAPED = {
+    "acc_delta", "ax", "exp_avg", "exp_avg_sq", "exp_inf", "grad_avg", "max_exp_avg_sq", "momentum_buffer", "prev",
+    "square_avg", "step_size", "sum",
+}  # fmt: skip
+_SET_BY_SCHEDULERS = {"base_momentum", "initial_lr", "max_lr", "max_momentum", "min_lr", "param_names", "swa_lr"}
+
+
+# --- tensors -------------------------------------------------------------------------------------------------------
+
+
+def to_host(leaf: object) -> HostArray | None:
+    """Return the bytes of a tensor, or None if `leaf` is no tensor.
+
+    For a contiguous CPU tensor the memory is its own, and writable; for any other (CUDA, MPS, strided views, lazily
+    conjugated or negated ones) a read-only copy. Tensors over the same memory in the same way have equal `tie`s.
+    `float4_e2m1fn_x2` holds two elements per byte: its last axis counts twice in `shape`.
+    Raises InvalidState for meta, sparse, quantized, lazy, sharded and wrapped tensors and for complex32 and complex128.
+    """
+    if not isinstance(leaf, torch.Tensor):
+        return None
+    _refuse_unstorable(leaf)
+    with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001  # a subclass may change what every line below means
+        tensor = leaf.detach()
+        shape = tuple(tensor.shape)
+        tie: Hashable = None
+        if tensor.numel():  # the memory of an empty one is nobody's, and its address the same for all
+            memory = (str(tensor.device), tensor.untyped_storage().data_ptr(), tensor.storage_offset())
+            tie = (*memory, shape, tensor.stride(), str(tensor.dtype), tensor.is_conj(), tensor.is_neg())
+        plain = tensor.cpu().resolve_conj().resolve_neg().contiguous()
+        is_copy = plain.data_ptr() != tensor.data_ptr()
+        # as_strided, not reshape: a contiguous tensor of one element may have any stride, which view() refuses
+        flat = plain.as_strided((plain.numel(),), (1,)).view(torch.uint8)
+        data = memoryview(flat.numpy())  # type: ignore[arg-type]  # an array is a buffer, its stubs do not say so
+    name = _DTYPES[tensor.dtype]
+    if name == "F4":
+        shape = (*shape[:-1], shape[-1] * 2)
+    return HostArray(name, shape, data.toreadonly() if is_copy else data, tie)
+
+
+def from_host(array: HostArray, like: object | None) -> torch.Tensor:
+    """Return a new tensor that owns its memory, on the device of `like`; a Parameter if `like` is one."""
+    dtype = _TORCH_DTYPES.get(array.dtype)
+    if dtype is None:
+        raise InvalidState(f"this torch has no dtype {array.dtype}", hint="read it without torch: checkpoint.load()")
+    flat = torch.empty(array.nbytes, dtype=torch.uint8)
+    memoryview(flat.numpy())[:] = array.data  # type: ignore[arg-type]
+    shape = array.shape if array.dtype != "F4" else (*array.shape[:-1], array.shape[-1] // 2)
+    tensor = flat.view(dtype).reshape(shape)
+    if isinstance(like, torch.Tensor):
+        tensor = tensor.to(like.device)
+    return torch.nn.Parameter(tensor, like.requires_grad) if isinstance(like, torch.nn.Parameter) else tensor
+
+
+def _refuse_unstorable(tensor: torch.Tensor) -> None:
+    """Raise InvalidState, saying what to do, for a tensor whose bytes are missing, elsewhere or not storable."""
+    if torch.nn.parameter.is_lazy(tensor):
+        what, hint = "is not initialized yet", "run one batch through the module first"
+    elif hasattr(tensor, "_local_tensor"):
+        what, hint = "is sharded over several devices (DTensor)", "call .full_tensor() first"
+    elif is_traceable_wrapper_subclass(tensor):
+        what, hint = f"wraps other tensors ({type(tensor).__name__})", "store the wrapped tensors one by one"
+    elif tensor.device.type == "meta":
+        what, hint = "is on the meta device and has no bytes", "materialize it first: module.to_empty(device=…)"
+    elif tensor.layout is not torch.strided:
+        what, hint = f"is stored as {tensor.layout}", "store .to_dense(), or its indices and values as two tensors"
+    elif tensor.is_quantized:
+        what, hint = f"is quantized ({tensor.dtype})", "store .int_repr(), .q_scale() and .q_zero_point()"
+    elif tensor.dtype in (torch.complex32, torch.complex128):
+        what, hint = f"is of dtype {tensor.dtype}", "store torch.view_as_real(tensor), or convert to complex64"
+    elif tensor.dtype not in _DTYPES:
+        what, hint = f"is of dtype {tensor.dtype}, which tensor files do not have", "store .view(torch.uint8)"
+    else:
+        return
+    shape = "unknown shape" if torch.nn.parameter.is_lazy(tensor) else f"shape {tuple(tensor.shape)}"
+    raise InvalidState(f"a tensor of {shape} {what}", hint=hint)
+
+
+# --- objects -------------------------------------------------------------------------------------------------------
+
+
+def capture(obj: object) -> Tree | None:
+    """Return the state of a torch object as a tree whose leaves are the live tensors, or None if it is not torch's.
+
+    Known: modules (names without the `_orig_mod.` of torch.compile and the `module.` of DDP), optimizers, schedulers,
+    GradScaler, Generator, DataLoader (the generators that decide its order; for torchdata's StatefulDataLoader its own
+    state too), and anything of torch or torchdata with `state_dict` and `load_state_dict`. What is neither tensor nor
+    plain is left in place: flattening the tree refuses it by its path.
+    """
+    if isinstance(obj, torch.nn.Module):
+        names = _names(obj)
+        return {_plain(name, names): value for name, value in obj.state_dict().items()}
+    if isinstance(obj, DataLoader):
+        return _loader_state(obj)
+    if isinstance(obj, torch.Generator):
+        return {"state": obj.get_state()}
+    is_ours = any(cls.__module__.partition(".")[0] in ("torch", "torchdata") for cls in type(obj).__mro__)
+    if is_ours and hasattr(obj, "state_dict") and hasattr(obj, "load_state_dict"):
+        return dict(obj.state_dict())
+    return None
+
+
+def template(obj: object) -> Tree | None:
+    """Return the tree a state must fit in names, shapes and dtypes, or None where only `check` can tell.
+
+    None for everything but modules (an optimizer has no state before its first step), and for modules with parameters
+    that are not initialized yet.
+    """
+    tree = capture(obj) if isinstance(obj, torch.nn.Module) else None
+    return None if tree is None or any(map(torch.nn.parameter.is_lazy, tree.values())) else tree
+
+
+def check(obj: object, tree: Mapping[str, Any]) -> list[str]:
+    """Return one line per difference that `template` cannot tell; [] when `tree` fits. Changes nothing."""
+    if isinstance(obj, torch.optim.Optimizer):
+        return _optimizer_differences(obj, tree)
+    if isinstance(obj, LRScheduler):
+        return _scheduler_differences(obj.state_dict(), tree, "")
+    if isinstance(obj, DataLoader):
+        return _loader_differences(obj, tree)
+    if isinstance(obj, torch.amp.GradScaler) and obj.is_enabled() != bool(tree):
+        word = "enabled" if obj.is_enabled() else "disabled"
+        return [f"the scaler is {word} here, it was not when it was saved"]
+    return []
+
+
+def restore(obj: object, tree: Mapping[str, Any]) -> None:
+    """Put `tree` into `obj`, bit for bit; parameters, buffers and tensor learning rates stay the same objects.
+
+    Optimizer state keeps its saved dtype (`load_state_dict` would cast it to the parameter's) and follows torch's rule
+    for the device. Raises Mismatch, before anything changed, if `tree` does not fit.
+    """
+    differences = check(obj, tree)
+    if isinstance(obj, torch.nn.Module):
+        differences = _module_differences(obj, tree)
+    if differences:
+        message = f"the saved state does not fit this {type(obj).__name__}: {'; '.join(differences)}"
+        raise Mismatch(message, hint="build it as it was built when it was saved")
+    if isinstance(obj, torch.nn.Module):
+        names = _names(obj)
+        obj.load_state_dict({name: tree[_plain(name, names)] for name in obj.state_dict()})
+    elif isinstance(obj, torch.optim.Optimizer):
+        _restore_optimizer(obj, tree)
+    elif isinstance(obj, DataLoader):
+        _restore_loader(obj, tree)
+    elif isinstance(obj, torch.Generator):
+        obj.set_state(tree["state"])
+    else:
+        obj.load_state_dict(dict(tree))  # type: ignore[attr-defined]  # capture() took it for its state_dict
+
+
+def _names(module: torch.nn.Module) -> list[tuple[str, str]]:
+    """Return (prefix, plain prefix) of every compiled or data-parallel wrapper inside `module`, innermost first."""
+    wrappers: list[tuple[str, str]] = []
+    for name, child in module.named_modules(remove_duplicate=False):
+        start = f"{name}." if name else ""
+        if isinstance(child, (DataParallel, DistributedDataParallel)):
+            wrappers.append((f"{start}module.", start))
+        elif hasattr(child, "_orig_mod"):  # torch.compile's class; importing it takes longer than torch itself
+            wrappers.append((f"{start}_orig_mod.", start))
+    return sorted(wrappers, key=lambda pair: -len(pair[0]))
+
+
+def _plain(name: str, wrappers: Iterable[tuple[str, str]]) -> str:
+    for prefix, plain in wrappers:
+        if name.startswith(prefix):
+            name = plain + name[len(prefix) :]
+    return name
+
+
+def _module_differences(module: torch.nn.Module, tree: Mapping[str, Any]) -> list[str]:
+    # load_state_dict itself casts in silence, and reports a missing name only after it has copied the others
+    live = capture(module) or {}
+    lines = [f"{name}: only here" for name in live.keys() - tree.keys()]
+    lines += [f"{name}: only in the checkpoint" for name in tree.keys() - live.keys()]
+    for name in live.keys() & tree.keys():
+        here, saved = live[name], tree[name]
+        are_tensors = isinstance(here, torch.Tensor) and isinstance(saved, torch.Tensor)
+        if not are_tensors or torch.nn.parameter.is_lazy(here):
+            continue  # extra state, which its module checks, or a shape that is still open
+        if (here.shape, here.dtype) != (saved.shape, saved.dtype):
+            found = f"{saved.dtype} {tuple(saved.shape)} in the checkpoint"
+            lines.append(f"{name}: {found}, {here.dtype} {tuple(here.shape)} here")
+    return sorted(lines)
+
+
+def _optimizer_differences(optimizer: torch.optim.Optimizer, tree: Mapping[str, Any]) -> list[str]:
+    groups, saved_groups = optimizer.param_groups, tree["param_groups"]
+    if len(groups) != len(saved_groups):
+        return [f"param_groups: {len(saved_groups)} in the checkpoint, {len(groups)} here"]
+    lines = []
+    parameters: dict[Hashable, torch.Tensor] = {}
+    for index, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
+        where = f"param_groups/{index}"
+        if len(group["params"]) != len(saved["params"]):
+            lines.append(f"{where}: {len(saved['params'])} parameters in the checkpoint, {len(group['params'])} here")
+        unknown = saved.keys() - group.keys() - _SET_BY_SCHEDULERS
+        # what a newer torch added has a default, and a scheduler may have been attached since
+        lost = group.keys() - saved.keys() - _SET_BY_SCHEDULERS - optimizer.defaults.keys()
+        lines += [f"{where}/{key}: only in the checkpoint" for key in sorted(unknown)]
+        lines += [f"{where}/{key}: only here" for key in sorted(lost)]
+        parameters |= dict(zip(saved["params"], group["params"], strict=False))
+    for key, state in tree["state"].items():
+        if key not in parameters:
+            continue
+        shape = tuple(parameters[key].shape)
+        for name in _PARAMETER_SHAPED & state.keys():
+            found = tuple(getattr(state[name], "shape", shape))
+            if found != shape:
+                lines.append(f"state/{key}/{name}: shape {found} in the checkpoint, the parameter has {shape}")
+    return sorted(lines)
+
+
+def _restore_optimizer(optimizer: torch.optim.Optimizer, tree: Mapping[str, Any]) -> None:
+    old_groups = [dict(group) for group in optimizer.param_groups]
+    optimizer.load_state_dict(dict(tree))
+    ids = [key for group in tree["param_groups"] for key in group["params"]]
+    parameters = dict(zip(ids, (p for group in optimizer.param_groups for p in group["params"]), strict=True))
+    for key, saved in tree["state"].items():
+        if key in parameters:
+            optimizer.state[parameters[key]] = _uncast(optimizer.state[parameters[key]], saved)
+    for old, new in zip(old_groups, optimizer.param_groups, strict=True):
+        for key, value in old.items():
+            saved_value = new.setdefault(key, value)
+            if key != "params" and isinstance(value, torch.Tensor) and isinstance(saved_value, torch.Tensor):
+                value.copy_(saved_value)  # a compiled or captured step holds this very tensor as its learning rate
+                new[key] = value
+
+
+def _uncast(loaded: Any, saved: Any) -> Any:
+    """Return `loaded` with every tensor that was cast replaced by the saved one on the same device."""
+    if isinstance(loaded, torch.Tensor) and isinstance(saved, torch.Tensor):
+        return loaded if loaded.dtype == saved.dtype else saved.to(loaded.device)
+    if isinstance(loaded, dict):
+        return {key: _uncast(value, saved[key]) if key in saved else value for key, value in loaded.items()}
+    if isinstance(loaded, list):
+        return [_uncast(*pair) for pair in zip(loaded, saved, strict=True)]
+    return loaded
+
+
+def _scheduler_differences(live: Mapping[str, Any], saved: Mapping[str, Any], where: str) -> list[str]:
+    # names with an underscore come and go between versions of torch; the others tell one scheduler from another
+    keys = {key for key in live.keys() ^ saved.keys() if not key.startswith("_")}
+    lines = [f"{where}{key}: only {'here' if key in live else 'in the checkpoint'}" for key in sorted(keys)]
+    inner, saved_inner = live.get("_schedulers", []), saved.get("_schedulers", [])
+    if len(inner) != len(saved_inner):
+        return [*lines, f"{where}_schedulers: {len(saved_inner)} in the checkpoint, {len(inner)} here"]
+    for index, pair in enumerate(zip(inner, saved_inner, strict=True)):
+        lines += _scheduler_differences(*pair, f"{where}_schedulers/{index}/")
+    return lines
+
+
+# --- random numbers ------------------------------------------------------------------------------------------------
+
+
+def random_state() -> Tree:
+    """Return the states of torch's global generators: "cpu"; "cuda", one per device, if in use; "mps" if present."""
+    tree: Tree = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # asking would start it, and end forking
+        tree["cuda"] = list(torch.cuda.get_rng_state_all())
+    if torch.backends.mps.is_available():
+        tree["mps"] = torch.mps.get_rng_state()
+    return tree
+
+
+def set_random_state(tree: Mapping[str, Any]) -> None:
+    """Set torch's global generators; Mismatch, before anything changed, if the device of a saved state is not here."""
+    wanted, present = len(tree.get("cuda", [])), torch.cuda.device_count()
+    if wanted > present or ("mps" in tree and not torch.backends.mps.is_available()):
+        device = f"{wanted} CUDA devices" if wanted > present else "an MPS device"
+        message = f"the random state of {device} was saved, here are {present} CUDA devices"
+        raise Mismatch(message, hint="resume on the same devices; elsewhere the random numbers would differ")
+    torch.set_rng_state(tree["cpu"])
+    for index, state in enumerate(tree.get("cuda", [])):
+        torch.cuda.set_rng_state(state, index)
+    if "mps" in tree:
+        torch.mps.set_rng_state(tree["mps"])
+
+
+# --- loaders -------------------------------------------------------------------------------------------------------
+
+
+def order_state(loader: DataLoader[Any]) -> Tree | None:
+    """Return what decides the order of the next epoch; to be called before `iter(loader)`, which draws from it.
+
+    {"generators": {where: state}, "workers_running": bool} with the generators of the loader and of its samplers;
+    None if torch's global generator decides alone.
+    """
+    tree: Tree = {
+        "generators": {name: generator.get_state() for name, generator in _generators(loader).items()},
+        "workers_running": loader.persistent_workers and loader.num_workers > 0 and _iterator(loader) is not None,
+    }
+    return tree if tree["generators"] or tree["workers_running"] else None
+
+
+def resume_iter(
+    loader: DataLoader[Any], order: Mapping[str, Any] | None, skip: int, at_save: Mapping[str, Any] | None = None
+) -> Iterator[Any]:
+    """Return an iterator over what is left of an epoch after its first `skip` batches.
+
+    While training, in this order, once per epoch: `order = order_state(loader)`, `before = random_state()`,
+    `iter(loader)`. At a save, after `skip` consumed batches: `at_save = capture(loader)`, `now = random_state()`.
+    To resume: `set_random_state(before)`, `resume_iter(loader, order, skip, at_save)`, `set_random_state(now)`.
+    The remaining batches, and every later epoch of `loader` itself, are then those of the uninterrupted run: bit for
+    bit with num_workers=0, in order with workers (the random numbers that workers draw themselves, as for augmentation,
+    begin anew in the epoch resumed midway).
+
+    Skipped batches are not read: their indices are drawn and dropped. `set_epoch` of a DistributedSampler stays the
+    caller's. An IterableDataset has no indices: its batches are read and dropped, with a warning. A StatefulDataLoader
+    goes on from its own state in `at_save`, and without one is treated like any loader. skip=0 begins an epoch; after a
+    restore between epochs it draws like `iter(loader)` does. Python's and NumPy's generators are the caller's to set,
+    in the same places as torch's. Raises Mismatch if the loader ends before `skip` batches or a generator has no state.
+    """
+    own = (at_save or {}).get("loader")
+    if own is not None:
+        iterator = _resume_stateful(loader, own, at_save or {})
+    elif isinstance(loader.dataset, IterableDataset):
+        _set_generators(loader, order)
+        iterator = iter(loader)
+        _read_and_drop(iterator, skip)
+    else:
+        _set_generators(loader, order)
+        iterator = _iter_after(loader, skip, workers_running=bool(order and order["workers_running"]))
+    _set_generators(loader, at_save)
+    return iterator
+
+
+class _Remaining:
+    """A batch sampler whose first pass begins after `skip` batches; every later pass is whole."""
+
+    def __init__(self, whole: Iterable[Any], skip: int) -> None:
+        self.whole = whole
+        self.skip = skip
+        self.indices: Iterator[Any] | None = None
+
+    def __len__(self) -> int:
+        return len(self.whole)  # type: ignore[arg-type]  # asked only of loaders that have a length
+
+    def __iter__(self) -> Iterator[Any]:
+        # at once, because some samplers draw here; the pass asked for last is the one that is used: with workers a
+        # loader asks twice and drops the first
+        self.indices = iter(self.whole)
+        return self._after_skip(self.indices)
+
+    def _after_skip(self, indices: Iterator[Any]) -> Iterator[Any]:
+        self.advance()
+        yield from indices
+
+    def advance(self) -> None:
+        """Draw and drop the batches to skip, if that has not been done."""
+        skip, self.skip = self.skip, 0
+        found = sum(1 for _ in itertools.islice(self.indices or (), skip))
+        if found < skip:
+            raise _too_short(found, skip)
+
+
+class _RunningWorkers:
+    """Stands in for persistent workers that were running: `iter(loader)` starts new ones without drawing a seed."""
+
+    def _reset(self, loader: DataLoader[Any]) -> None:
+        generator, loader.generator = loader.generator, _other_generator()
+        try:
+            vars(loader)["_iterator"] = loader._get_iterator()  # noqa: SLF001  # as iter(loader) does
+        finally:
+            loader.generator = generator
+
+
+def _other_generator() -> torch.Generator:
+    """Return a generator to draw from where the saved process did not draw."""
+    generator = torch.Generator()
+    generator.set_state(torch.get_rng_state())
+    return generator
+
+
+def _iter_after(loader: DataLoader[Any], skip: int, *, workers_running: bool) -> Iterator[Any]:
+    # a shallow copy keeps the class and every setting; its samplers are the loader's own, so their generators move on
+    rest = copy.copy(loader)
+    settings = vars(rest)  # __setattr__ refuses these names once a loader is made
+    settings["_iterator"] = None
+    name = "sampler" if loader.batch_sampler is None else "batch_sampler"
+    remaining = settings[name] = _Remaining(getattr(loader, name), skip)
+    if workers_running:  # persistent workers were seeded in an earlier epoch, this one drew no seed
+        rest.generator = _other_generator()
+    iterator = iter(rest)
+    if remaining.indices is not None:
+        remaining.advance()  # without workers nothing has been drawn yet, and the caller sets the random state next
+    elif skip:  # a class of the user's whose __iter__ is a generator; only reading a batch makes it draw
+        iterator = itertools.chain(list(itertools.islice(iterator, 1)), iterator)
+    if loader.persistent_workers:
+        vars(loader)["_iterator"] = iterator  # later epochs go on with these workers
+    return iterator
+
+
+def _resume_stateful(loader: Any, own: Mapping[str, Any], at_save: Mapping[str, Any]) -> Iterator[Any]:
+    before = torch.get_rng_state()
+    loader.load_state_dict(dict(own))
+    iterator: Iterator[Any] = iter(loader)
+    if own.get("_iterator_finished"):
+        # it has made two iterators, one to load into and one to return; only the second one's draws are training's
+        torch.set_rng_state(before)
+        _set_generators(loader, at_save)
+        iterator = iter(loader)
+    return iterator
+
+
+def _read_and_drop(iterator: Iterator[Any], skip: int) -> None:
+    if skip:
+        message = (
+            f"an IterableDataset has no indices: {skip} batches are read again and dropped to resume; "
+            "a torchdata StatefulDataLoader over a dataset with state_dict() resumes at once"
+        )
+        warnings.warn(message, stacklevel=3)
+    found = sum(1 for _ in itertools.islice(iterator, skip))
+    if found < skip:
+        raise _too_short(found, skip)
+
+
+def _too_short(found: int, skip: int) -> Mismatch:
+    message = f"{skip} batches of the epoch had been trained on, the loader ends after {found}"
+    return Mismatch(message, hint="resume with the dataset, sampler and batch size of the save, or from an epoch's end")
+
+
+def _iterator(loader: DataLoader[Any]) -> Any:
+    """Return the iterator a loader keeps: that of persistent workers, and any of a StatefulDataLoader."""
+    return vars(loader)["_iterator"]
+
+
+def _generators(loader: DataLoader[Any]) -> dict[str, torch.Generator]:
+    """Return the generators of a loader and its samplers by where they hang; a shared one is there twice."""
+    holders: dict[str, object] = {"loader": loader, "sampler": loader.sampler, "batch_sampler": loader.batch_sampler}
+    for depth in range(4):  # samplers around samplers, each holding the inner one under this name
+        where = "batch_sampler" + ".sampler" * depth
+        holders[f"{where}.sampler"] = getattr(holders[where], "sampler", None)
+    found = {}
+    for where, holder in holders.items():
+        for name, value in getattr(holder, "__dict__", {}).items():
+            if isinstance(value, torch.Generator):
+                found[f"{where}.{name}"] = value
+    return found
+
+
+def _set_generators(loader: DataLoader[Any], tree: Mapping[str, Any] | None) -> None:
+    if tree is not None:
+        generators = _generators(loader)
+        if generators.keys() != tree["generators"].keys():
+            raise Mismatch(f"the loader's order does not fit: {'; '.join(_generator_differences(loader, tree))}")
+        for name, generator in generators.items():
+            generator.set_state(tree["generators"][name])
+
+
+def _loader_state(loader: DataLoader[Any]) -> Tree:
+    tree = order_state(loader) or {"generators": {}, "workers_running": False}
+    if not _is_stateful_loader(loader):
+        return tree
+    iterator = _iterator(loader)
+    if iterator is None:  # asking for its state would start an iterator, and draw
+        tree["loader"] = getattr(loader, "next_iter_state", None)
+    elif isinstance(iterator, _RunningWorkers) or (iterator._finished and not _has_own_state(loader)):  # noqa: SLF001
+        tree["loader"] = None  # between epochs the generators say it all; loading a finished state would draw twice
+    else:
+        tree["loader"] = loader.state_dict()  # type: ignore[attr-defined]
+    return tree
+
+
+def _restore_loader(loader: DataLoader[Any], tree: Mapping[str, Any]) -> None:
+    if tree.get("loader") is not None:
+        loader.load_state_dict(tree["loader"])  # type: ignore[attr-defined]
+    elif not tree["workers_running"]:
+        vars(loader)["_iterator"] = None
+    elif _iterator(loader) is None:
+        vars(loader)["_iterator"] = _RunningWorkers()
+    _set_generators(loader, tree)
+
+
+def _loader_differences(loader: DataLoader[Any], tree: Mapping[str, Any]) -> list[str]:
+    lines = _generator_differences(loader, tree)
+    own = tree.get("loader")
+    if own is None:
+        return lines
+    if not _is_stateful_loader(loader):
+        return [*lines, "loader: the state of a StatefulDataLoader, here is a plain DataLoader"]
+    workers = own["_snapshot"]["_main_snapshot"]["_num_workers"] if "_snapshot" in own else 0
+    if workers != loader.num_workers:
+        lines.append(f"loader: num_workers {workers} in the checkpoint, {loader.num_workers} here")
+    return lines
+
+
+def _generator_differences(loader: DataLoader[Any], tree: Mapping[str, Any]) -> list[str]:
+    live, saved = _generators(loader).keys(), tree["generators"].keys()
+    lines = [f"generators/{name}: only here" for name in sorted(live - saved)]
+    return lines + [f"generators/{name}: only in the checkpoint" for name in sorted(saved - live)]
+
+
+def _is_stateful_loader(loader: DataLoader[Any]) -> bool:
+    return any(cls.__module__.startswith("torchdata.stateful_dataloader") for cls in type(loader).__mro__)
+
+
+def _has_own_state(loader: DataLoader[Any]) -> bool:
+    parts = (loader.dataset, loader.sampler, loader.batch_sampler)
+    return isinstance(loader.dataset, IterableDataset) or any(hasattr(part, "state_dict") for part in parts)

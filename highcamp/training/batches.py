@@ -1,0 +1,70 @@
+"""Batches: an iteration over training data that knows how far it is, and can go on from there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from highcamp.errors import Mismatch
+from highcamp.run import live
+from highcamp.training.rng import random_state, set_random_state
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sized
+
+
+@dataclass
+class Place:
+    """Where an epoch's iteration stands, as it is saved.
+
+    before: every global random state before the iteration began, because that decides its order. order: the loader's own
+    state then (a generator's), None where only the global ones decide. loader: the live loader, if it can tell its
+    position itself.
+    """
+
+    before: dict[str, Any]
+    order: object | None = None
+    loader: object | None = field(default=None, repr=False)
+
+    def tree(self) -> dict[str, Any]:
+        """What is saved."""
+        position = live.loader_position(self.loader) if self.loader is not None else None
+        return {"before": self.before, "order": self.order, "position": position}
+
+
+def begin(loader: Iterable[Any]) -> tuple[Iterator[Any], Place]:
+    """Start a fresh epoch over `loader`. The states are taken before `iter()`, which may draw from them already."""
+    place = Place(random_state(), live.loader_order(loader), loader)
+    return iter(loader), place
+
+
+def resume(loader: Iterable[Any], saved: dict[str, Any], skip: int, *, where: str) -> tuple[Iterator[Any], Place]:
+    """Go on with an epoch of which `skip` batches are done; the batches that follow are those that would have followed.
+
+    saved: a `Place.tree()`. Loaders that can are moved there at once; sequences skip by index; anything else is read and
+    thrown away. The caller sets the random states of the save afterwards. Raises Mismatch if the data end before `skip`.
+    """
+    set_random_state(saved["before"], where=where)
+    place = Place(saved["before"], saved["order"], loader)
+    batches = live.loader_resume(loader, saved["order"], saved["position"], skip)
+    if batches is None:
+        if isinstance(loader, list | tuple) or (hasattr(loader, "__getitem__") and hasattr(loader, "__len__")):
+            batches = (loader[at] for at in range(skip, len(loader)))
+        else:
+            batches = iter(loader)
+            for done in range(skip):
+                if next(batches, batches) is batches:
+                    raise Mismatch(
+                        f"{where} was saved after {skip} batches of its epoch, the loader given to batches() has only {done}",
+                        path=where,
+                        hint="use the same data and batch size as when it was saved",
+                    )
+    return batches, place
+
+
+def length(loader: Iterable[Any] | Sized) -> int | None:
+    """How many batches an epoch has, None if that cannot be told."""
+    try:
+        return len(loader)  # type: ignore[arg-type]
+    except TypeError:
+        return None

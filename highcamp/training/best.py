@@ -1,0 +1,52 @@
+"""The best so far: what the loop has seen of the monitored metric, rebuilt from the history after a restart."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from highcamp.training import messages
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from highcamp.policy.monitor import Monitor
+    from highcamp.run.history import History
+
+
+@dataclass
+class BestSoFar:
+    """The best value of the monitored metric and the epoch it belongs to; a value that is not finite never counts.
+
+    It words messages and counts epochs without improvement. Which checkpoint is best is asked of the run, never of this.
+    """
+
+    monitor: Monitor
+    value: float | None = None
+    epoch: int | None = None
+    was_missing: bool = False
+
+    def replay(self, history: History) -> None:
+        """Go through the epochs of a history, as if they had been seen."""
+        for row in history.epochs():
+            if self.monitor.metric in row.metrics:
+                self.see(row.epoch, row.metrics, None)
+
+    def see(self, epoch: int, metrics: Mapping[str, float], saving: str | None) -> tuple[str, bool]:
+        """Take in one epoch's metrics; returns the line to say ("" for none) and whether it is a warning.
+
+        saving: the checkpoint that is about to be written, if one is.
+        """
+        metric = self.monitor.metric
+        if metric not in metrics:
+            said, self.was_missing = self.was_missing, True
+            return ("" if said else messages.metric_missing(epoch, metric, metrics), True)
+        value = metrics[metric]
+        if not math.isfinite(value):
+            return messages.not_finite(epoch, metric, value, self.epoch), True
+        if self.value is None or self.monitor.is_better(value, self.value):
+            line = messages.improved(epoch, metric, self.value, value, saving)
+            self.value, self.epoch = value, epoch
+            return line, False
+        return messages.not_improved(epoch, metric, self.value, self.epoch or 0), False

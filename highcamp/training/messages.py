@@ -1,0 +1,88 @@
+"""What training says: one line per event, on standard error, in words that Keras users know."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from highcamp.errors import HighcampError
+
+
+def _print_line(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)  # noqa: T201
+
+
+@dataclass
+class Voice:
+    """Where messages go. verbose: 0 warnings only, 1 one line per event, 2 details of every save and removal."""
+
+    verbose: int = 1
+    write: Callable[[str], None] = field(default=_print_line)
+
+    def say(self, line: str, *, level: int = 1) -> None:
+        """Say `line` if `verbose` is at least `level`; level 0 is a warning."""
+        if self.verbose >= level:
+            self.write(line)
+
+
+def two_numbers(one: float, other: float) -> tuple[str, str]:
+    """Both with five decimals, or as many as it takes to tell them apart; exponents where decimals would be all zero."""
+    for digits in range(5, 18):
+        texts = (f"{one:.{digits}f}", f"{other:.{digits}f}")
+        if texts[0] != texts[1] and max(abs(one), abs(other)) >= 10.0**-digits:
+            return texts
+    return (f"{one:.17g}", f"{other:.17g}") if one != other else (f"{one:.5f}", f"{other:.5f}")
+
+
+def improved(epoch: int, metric: str, old: float | None, new: float, name: str | None) -> str:
+    """A better value. old: None for the first one. name: the checkpoint being saved, if one is."""
+    saving = f", saving {name}" if name else ""
+    if old is None:
+        return f"Epoch {epoch}: {metric} improved to {new:.5f}{saving}"
+    before, after = two_numbers(old, new)
+    return f"Epoch {epoch}: {metric} improved from {before} to {after}{saving}"
+
+
+def not_improved(epoch: int, metric: str, best: float, best_epoch: int) -> str:
+    """A value that is no better."""
+    return f"Epoch {epoch}: {metric} did not improve from {best:.5f} (epoch {best_epoch})"
+
+
+def not_finite(epoch: int, metric: str, value: float, best_epoch: int | None) -> str:
+    """NaN or an infinity."""
+    stays = f"best stays epoch {best_epoch}" if best_epoch is not None else "there is no best yet"
+    return f"Epoch {epoch}: {metric} is {value}; recorded, not ranked ({stays})"
+
+
+def metric_missing(epoch: int, metric: str, there: Iterable[str]) -> str:
+    """The monitored metric was not logged."""
+    names = ", ".join(there) or "no metrics at all"
+    return f'Epoch {epoch}: no "{metric}" among {names}; checkpoints are saved unranked'
+
+
+def resumed(name: str, epoch: int, batch: int, attempt: int, to_go: int | None) -> str:
+    """Where a run goes on."""
+    place = f"epoch {epoch}" + (f", batch {batch} of the next" if batch else "")
+    rest = f"; {to_go} epochs to go" if to_go is not None else ""
+    return f"Resumed from {name} ({place}, attempt {attempt}){rest}"
+
+
+def fell_back(error: HighcampError, name: str | None) -> str:
+    """A damaged checkpoint was passed over."""
+    instead = f"resumed from {name} instead" if name else "looking for an older one"
+    return f"{error.message}; {instead}"
+
+
+def complete(done: int, planned: int) -> str:
+    """Nothing left to do."""
+    return f"Run is complete ({done} of {planned} epochs); nothing to train. epochs({done + 10}) would go on"
+
+
+def summary(best: tuple[str, int, float, str] | None, saves: int, share: float, path: str) -> str:
+    """The last line. best: metric, epoch, value, path of its checkpoint. share: of wall time spent saving."""
+    head = "" if best is None else f"Best: epoch {best[1]}, {best[0]} {best[2]:.5f} -> {best[3]} · "
+    return f"{head}{saves} saves, {100 * share:.1f} % of training time · highcamp ls {path}"

@@ -1,0 +1,136 @@
+"""Progress: where the loop is, as it is counted, saved and restored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from highcamp.core.tree import flatten
+from highcamp.errors import Damaged, InvalidArgument, Mismatch
+from highcamp.run import live
+from highcamp.training import batches
+from highcamp.training.rng import random_state, set_random_state
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+    from highcamp.core.tree import Flat
+    from highcamp.run.checkpoint import Checkpoint
+    from highcamp.training.batches import Place
+
+PROGRESS = "progress"
+"""The object that holds all this in a checkpoint."""
+
+
+@dataclass
+class Progress:
+    """Where the loop is.
+
+    epoch, step: done. batch: batches done in the epoch under way. place: how the iteration over the batches began.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    batch: int = 0
+    place: Place | None = None
+    in_epoch: bool = False
+    is_iterating: bool = False
+    is_logged: bool = False
+    _first_step: int = 0
+    _resumed: dict[str, Any] | None = field(default=None, repr=False)
+
+    @property
+    def key(self) -> tuple[int, int, int]:
+        """Tells two places apart: (epoch, batch, step)."""
+        return (self.epoch, self.batch, self.step)
+
+    @property
+    def at_boundary(self) -> bool:
+        """Whether the batches of the epoch under way are done, so that what is measured belongs to its end."""
+        return self.in_epoch and not self.is_iterating
+
+    @property
+    def boundary_step(self) -> int:
+        """The step that metrics measured now belong to; an epoch without counted batches is one step."""
+        return self.step + (1 if self.at_boundary and self.step == self._first_step else 0)
+
+    @property
+    def boundary_epoch(self) -> int:
+        """The epoch that metrics measured now belong to: the one just done, or those done before a running one."""
+        return self.epoch + (1 if self.at_boundary else 0)
+
+    def begin_epoch(self) -> None:
+        """An epoch begins, or goes on where it was."""
+        self.in_epoch, self.is_logged, self.is_iterating = True, False, False
+        # After a resume in its middle, an epoch has steps behind it already.
+        self._first_step = self.step if self._resumed is None else -1
+
+    def end_epoch(self, where: str) -> None:
+        """An epoch is done. Raises Mismatch if it was resumed in its middle and not gone on with."""
+        if self._resumed is not None:
+            raise Mismatch(
+                f"{where} was resumed after {self.batch} batches of epoch {self.epoch + 1}, but batches() was not called",
+                path=where,
+                hint="iterate over checkpointer.batches(loader), as when it was saved",
+            )
+        self.step = self.boundary_step
+        self.epoch, self.batch, self.place = self.epoch + 1, 0, None
+        self.in_epoch = False
+
+    def iterate(self, loader: Iterable[Any], where: str) -> tuple[Iterator[Any], Place]:
+        """The batches still to do in this epoch."""
+        saved, self._resumed = self._resumed, None
+        if saved is None:
+            return batches.begin(loader)
+        found = batches.resume(loader, saved["place"], self.batch, where=where)
+        set_random_state(saved["random"], where=where)
+        return found
+
+    def move(self, step: int | None, epoch: int | None) -> None:
+        """The caller counts by itself. Raises InvalidArgument for what is no count."""
+        for name, value in (("step", step), ("epoch", epoch)):
+            if value is not None and (isinstance(value, bool) or not hasattr(value, "__index__") or int(value) < 0):
+                raise InvalidArgument(
+                    f"{name} is {value!r}, not a count", hint=f"pass how many {name}s are done, an int"
+                )
+        self.step = self.step if step is None else int(step)
+        self.epoch = self.epoch if epoch is None else int(epoch)
+
+    def capture(self) -> Flat:
+        """What is saved of it: the counters, the random states now, and, in the middle of an epoch, how it began."""
+        place = self.place.tree() if self.place is not None and self.batch else None
+        counters = {"epoch": self.epoch, "step": self.step, "batch": self.batch}
+        return flatten({**counters, "random": random_state(), "place": place}, live.as_array, where=PROGRESS)
+
+    def restore(self, checkpoint: Checkpoint, objects: Mapping[str, object]) -> None:
+        """Put a checkpoint into the tracked objects, and take its counters and random states over.
+
+        Raises Damaged or Mismatch; before that nothing is changed.
+        """
+        saved = self._read(checkpoint)
+        checkpoint.restore(**objects)
+        self._take(saved, checkpoint.path)
+
+    def restore_like(self, checkpoint: Checkpoint, like: object) -> Any:
+        """A checkpoint as a tree with the structure of `like`; its counters and random states are taken over."""
+        saved = self._read(checkpoint)
+        objects = [name for name in checkpoint.objects if name != PROGRESS]
+        tree = live.fill_state(like, checkpoint.saved, objects, where=checkpoint.path)
+        self._take(saved, checkpoint.path)
+        return tree
+
+    def _read(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        saved = checkpoint.state(PROGRESS)
+        counters = ("epoch", "step", "batch")
+        if (
+            not isinstance(saved, dict)
+            or not all(type(saved.get(name)) is int for name in counters)
+            or "random" not in saved
+        ):
+            raise Damaged(f"{checkpoint.name}: its progress is malformed", path=checkpoint.path)
+        return saved
+
+    def _take(self, saved: dict[str, Any], where: str) -> None:
+        self.epoch, self.step, self.batch = saved["epoch"], saved["step"], saved["batch"]
+        self._resumed = saved if self.batch else None
+        set_random_state(saved["random"], where=where)  # last: restoring objects may have drawn numbers

@@ -1,0 +1,114 @@
+"""The writer: one save in the background at a time; its error surfaces at the next call and at close."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+import threading
+import weakref
+from typing import TYPE_CHECKING
+
+from highcamp.errors import HighcampError, StorageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from highcamp.run.checkpoint import Checkpoint
+
+
+class Pending:
+    """A save under way."""
+
+    def __init__(self, name: str, job: Callable[[], Checkpoint]) -> None:
+        """Start `job` in a thread of its own. name: what is being saved, for messages."""
+        self.name = name
+        self._job = job
+        self._result: Checkpoint | None = None
+        self._error: BaseException | None = None
+        self._was_seen = False
+        # Not a daemon: the interpreter waits for it at exit, however the program ends, and needs no executor to do so.
+        self._thread = threading.Thread(target=self._run, name=f"highcamp-save-{name}", daemon=False)
+        self._thread.start()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the save has ended, well or not."""
+        return not self._thread.is_alive()
+
+    def wait(self, timeout: float | None = None) -> Checkpoint:
+        """The checkpoint, durable; or the error that kept it from being one. Raises TimeoutError after `timeout` seconds."""
+        self._thread.join(timeout)
+        if self._thread.is_alive():
+            raise TimeoutError(f"the save of {self.name} is not durable after {timeout} s; it goes on")
+        self._was_seen = True
+        if self._error is not None:
+            raise self._error
+        if self._result is None:
+            raise StorageError(f"the save of {self.name} ended without a result")
+        return self._result
+
+    def unseen_error(self) -> BaseException | None:
+        """Wait for the end, and return an error that nobody has been told of yet; asking counts as being told."""
+        self._thread.join()
+        error = None if self._was_seen else self._error
+        self._was_seen = True
+        return error
+
+    def _run(self) -> None:
+        try:
+            self._result = self._job()
+        except BaseException as error:  # noqa: BLE001  (raised again in the thread that asks)
+            self._error = error
+        finally:
+            self._job = _nothing  # lets go of the snapshot
+
+
+def _nothing() -> Checkpoint:
+    raise StorageError("this save has run already")
+
+
+class Writer:
+    """Runs one save at a time; starting the next waits for the one before."""
+
+    def __init__(self) -> None:
+        """Nothing is under way."""
+        self._pending: Pending | None = None
+        _writers.add(self)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a save is under way."""
+        return self._pending is not None and not self._pending.is_done
+
+    def start(self, name: str, job: Callable[[], Checkpoint]) -> Pending:
+        """Start a save; the one before must have been drained."""
+        self._pending = Pending(name, job)
+        return self._pending
+
+    def drain(self) -> BaseException | None:
+        """Wait until nothing is under way; returns an error that nobody has been told of yet."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return None
+        try:
+            return pending.unseen_error()
+        except BaseException:  # Ctrl-C while waiting: the save goes on and is still ours to wait for
+            self._pending = pending
+            raise
+
+
+_writers: weakref.WeakSet[Writer] = weakref.WeakSet()
+
+
+@atexit.register
+def _report_unseen() -> None:
+    """A program that ends without asking must not end as if its last save had worked."""
+    errors = [error for writer in list(_writers) if (error := writer.drain()) is not None]
+    for error in errors:
+        words = str(error) if isinstance(error, HighcampError) else repr(error)
+        print(f"highcamp: not saved: {words}", file=sys.stderr)  # noqa: T201
+    if errors:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)  # the exit code cannot be changed in any other way this late
