@@ -44,10 +44,16 @@ _PARAMETER_SHAPED = {
     "acc_delta", "ax", "exp_avg", "exp_avg_sq", "exp_inf", "grad_avg", "max_exp_avg_sq", "momentum_buffer", "prev",
     "square_avg", "step_size", "sum",
 }  # fmt: skip
+_NEEDED: dict[type, set[str]] = {
+    torch.optim.Optimizer: {"param_groups", "state"},
+    DataLoader: {"generators", "workers_running"},
+    torch.Generator: {"state"},
+}
+_READ_AGAIN = (
+    "an IterableDataset has no indices: {} batches are read again and dropped to resume; "
+    "a torchdata StatefulDataLoader over a dataset with state_dict() resumes at once"
+)
 _SET_BY_SCHEDULERS = {"base_momentum", "initial_lr", "max_lr", "max_momentum", "min_lr", "param_names", "swa_lr"}
-
-
-# --- tensors -------------------------------------------------------------------------------------------------------
 
 
 def to_host(leaf: object) -> HostArray | None:
@@ -117,9 +123,6 @@ def _refuse_unstorable(tensor: torch.Tensor) -> None:
     raise InvalidState(f"a tensor of {shape} {what}", hint=hint)
 
 
-# --- objects -------------------------------------------------------------------------------------------------------
-
-
 def capture(obj: object) -> Tree | None:
     """Return the state of a torch object as a tree whose leaves are the live tensors, or None if it is not torch's.
 
@@ -153,6 +156,9 @@ def template(obj: object) -> Tree | None:
 
 def check(obj: object, tree: Mapping[str, Any]) -> list[str]:
     """Return one line per difference that `template` cannot tell; [] when `tree` fits. Changes nothing."""
+    needed = next((keys for kind, keys in _NEEDED.items() if isinstance(obj, kind)), set())
+    if needed - tree.keys():
+        return _one_sided(needed - tree.keys(), ())  # the state of another kind of object
     if isinstance(obj, torch.optim.Optimizer):
         return _optimizer_differences(obj, tree)
     if isinstance(obj, LRScheduler):
@@ -171,9 +177,7 @@ def restore(obj: object, tree: Mapping[str, Any]) -> None:
     Optimizer state keeps its saved dtype (`load_state_dict` would cast it to the parameter's) and follows torch's rule
     for the device. Raises Mismatch, before anything changed, if `tree` does not fit.
     """
-    differences = check(obj, tree)
-    if isinstance(obj, torch.nn.Module):
-        differences = _module_differences(obj, tree)
+    differences = _module_differences(obj, tree) if isinstance(obj, torch.nn.Module) else check(obj, tree)
     if differences:
         message = f"the saved state does not fit this {type(obj).__name__}: {'; '.join(differences)}"
         raise Mismatch(message, hint="build it as it was built when it was saved")
@@ -212,16 +216,15 @@ def _plain(name: str, wrappers: Iterable[tuple[str, str]]) -> str:
 def _module_differences(module: torch.nn.Module, tree: Mapping[str, Any]) -> list[str]:
     # load_state_dict itself casts in silence, and reports a missing name only after it has copied the others
     live = capture(module) or {}
-    lines = [f"{name}: only here" for name in live.keys() - tree.keys()]
-    lines += [f"{name}: only in the checkpoint" for name in tree.keys() - live.keys()]
+    lines = _one_sided(live.keys() - tree.keys(), tree.keys() - live.keys())
     for name in live.keys() & tree.keys():
         here, saved = live[name], tree[name]
         are_tensors = isinstance(here, torch.Tensor) and isinstance(saved, torch.Tensor)
         if not are_tensors or torch.nn.parameter.is_lazy(here):
             continue  # extra state, which its module checks, or a shape that is still open
-        if (here.shape, here.dtype) != (saved.shape, saved.dtype):
-            found = f"{saved.dtype} {tuple(saved.shape)} in the checkpoint"
-            lines.append(f"{name}: {found}, {here.dtype} {tuple(here.shape)} here")
+        old, new = (f"{leaf.dtype} {tuple(leaf.shape)}" for leaf in (saved, here))
+        if old != new:
+            lines.append(f"{name}: {old} in the checkpoint, {new} here")
     return sorted(lines)
 
 
@@ -235,16 +238,12 @@ def _optimizer_differences(optimizer: torch.optim.Optimizer, tree: Mapping[str, 
         where = f"param_groups/{index}"
         if len(group["params"]) != len(saved["params"]):
             lines.append(f"{where}: {len(saved['params'])} parameters in the checkpoint, {len(group['params'])} here")
-        unknown = saved.keys() - group.keys() - _SET_BY_SCHEDULERS
         # what a newer torch added has a default, and a scheduler may have been attached since
         lost = group.keys() - saved.keys() - _SET_BY_SCHEDULERS - optimizer.defaults.keys()
-        lines += [f"{where}/{key}: only in the checkpoint" for key in sorted(unknown)]
-        lines += [f"{where}/{key}: only here" for key in sorted(lost)]
+        lines += _one_sided(lost, saved.keys() - group.keys() - _SET_BY_SCHEDULERS, f"{where}/")
         parameters |= dict(zip(saved["params"], group["params"], strict=False))
-    for key, state in tree["state"].items():
-        if key not in parameters:
-            continue
-        shape = tuple(parameters[key].shape)
+    for key in parameters.keys() & tree["state"].keys():
+        state, shape = tree["state"][key], tuple(parameters[key].shape)
         for name in _PARAMETER_SHAPED & state.keys():
             found = tuple(getattr(state[name], "shape", shape))
             if found != shape:
@@ -257,9 +256,8 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, tree: Mapping[str, Any]
     optimizer.load_state_dict(dict(tree))
     ids = [key for group in tree["param_groups"] for key in group["params"]]
     parameters = dict(zip(ids, (p for group in optimizer.param_groups for p in group["params"]), strict=True))
-    for key, saved in tree["state"].items():
-        if key in parameters:
-            optimizer.state[parameters[key]] = _uncast(optimizer.state[parameters[key]], saved)
+    for key in parameters.keys() & tree["state"].keys():
+        optimizer.state[parameters[key]] = _uncast(optimizer.state[parameters[key]], tree["state"][key])
     for old, new in zip(old_groups, optimizer.param_groups, strict=True):
         for key, value in old.items():
             saved_value = new.setdefault(key, value)
@@ -269,29 +267,31 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, tree: Mapping[str, Any]
 
 
 def _uncast(loaded: Any, saved: Any) -> Any:
-    """Return `loaded` with every tensor that was cast replaced by the saved one on the same device."""
-    if isinstance(loaded, torch.Tensor) and isinstance(saved, torch.Tensor):
-        return loaded if loaded.dtype == saved.dtype else saved.to(loaded.device)
-    if isinstance(loaded, dict):
-        return {key: _uncast(value, saved[key]) if key in saved else value for key, value in loaded.items()}
-    if isinstance(loaded, list):
-        return [_uncast(*pair) for pair in zip(loaded, saved, strict=True)]
-    return loaded
+    """Return the saved value on the device of the loaded one; what loading made of older states (`step`) stays."""
+    if isinstance(loaded, torch.Tensor):
+        return saved.to(loaded.device) if isinstance(saved, torch.Tensor) else loaded
+    if isinstance(loaded, dict) and isinstance(saved, dict):
+        return loaded | {key: _uncast(loaded.get(key), value) for key, value in saved.items()}
+    if isinstance(loaded, (list, tuple)) and type(loaded) is type(saved):
+        return type(saved)(_uncast(*pair) for pair in zip(loaded, saved, strict=True))
+    return saved
+
+
+def _one_sided(here: Iterable[str], saved: Iterable[str], where: str = "") -> list[str]:
+    lines = [f"{where}{name}: only here" for name in here]
+    return sorted(lines + [f"{where}{name}: only in the checkpoint" for name in saved])
 
 
 def _scheduler_differences(live: Mapping[str, Any], saved: Mapping[str, Any], where: str) -> list[str]:
     # names with an underscore come and go between versions of torch; the others tell one scheduler from another
-    keys = {key for key in live.keys() ^ saved.keys() if not key.startswith("_")}
-    lines = [f"{where}{key}: only {'here' if key in live else 'in the checkpoint'}" for key in sorted(keys)]
+    here, there = ({key for key in state if not key.startswith("_")} for state in (live, saved))
+    lines = _one_sided(here - there, there - here, where)
     inner, saved_inner = live.get("_schedulers", []), saved.get("_schedulers", [])
     if len(inner) != len(saved_inner):
         return [*lines, f"{where}_schedulers: {len(saved_inner)} in the checkpoint, {len(inner)} here"]
     for index, pair in enumerate(zip(inner, saved_inner, strict=True)):
         lines += _scheduler_differences(*pair, f"{where}_schedulers/{index}/")
     return lines
-
-
-# --- random numbers ------------------------------------------------------------------------------------------------
 
 
 def random_state() -> Tree:
@@ -318,9 +318,6 @@ def set_random_state(tree: Mapping[str, Any]) -> None:
         torch.mps.set_rng_state(tree["mps"])
 
 
-# --- loaders -------------------------------------------------------------------------------------------------------
-
-
 def order_state(loader: DataLoader[Any]) -> Tree | None:
     """Return what decides the order of the next epoch; to be called before `iter(loader)`, which draws from it.
 
@@ -329,7 +326,9 @@ def order_state(loader: DataLoader[Any]) -> Tree | None:
     """
     tree: Tree = {
         "generators": {name: generator.get_state() for name, generator in _generators(loader).items()},
-        "workers_running": loader.persistent_workers and loader.num_workers > 0 and _iterator(loader) is not None,
+        "workers_running": loader.persistent_workers
+        and loader.num_workers > 0
+        and vars(loader)["_iterator"] is not None,
     }
     return tree if tree["generators"] or tree["workers_running"] else None
 
@@ -348,19 +347,22 @@ def resume_iter(
 
     Skipped batches are not read: their indices are drawn and dropped. `set_epoch` of a DistributedSampler stays the
     caller's. An IterableDataset has no indices: its batches are read and dropped, with a warning. A StatefulDataLoader
-    goes on from its own state in `at_save`, and without one is treated like any loader. skip=0 begins an epoch; after a
-    restore between epochs it draws like `iter(loader)` does. Python's and NumPy's generators are the caller's to set,
-    in the same places as torch's. Raises Mismatch if the loader ends before `skip` batches or a generator has no state.
+    goes on from its own state in `at_save`, and without one is treated like any loader. After a save between epochs,
+    `restore(loader, at_save)` and `iter(loader)` do; `resume_iter(loader, at_save, 0)` is the same, and exact also for
+    a StatefulDataLoader whose dataset has a state, which otherwise draws one seed more. Python's and NumPy's
+    generators are the caller's to set, in the same places as torch's.
+    Raises Mismatch if the loader ends before `skip` batches or a generator has no state.
     """
-    own = (at_save or {}).get("loader")
-    if own is not None:
-        iterator = _resume_stateful(loader, own, at_save or {})
-    elif isinstance(loader.dataset, IterableDataset):
-        _set_generators(loader, order)
-        iterator = iter(loader)
-        _read_and_drop(iterator, skip)
+    state = order if at_save is None else at_save
+    if state is not None and state.get("loader") is not None:
+        return _resume_stateful(loader, state)
+    _set_generators(loader, order)
+    if isinstance(loader.dataset, IterableDataset):
+        iterator: Iterator[Any] = iter(loader)
+        if skip:
+            warnings.warn(_READ_AGAIN.format(skip), stacklevel=2)
+        _drop(iterator, skip)
     else:
-        _set_generators(loader, order)
         iterator = _iter_after(loader, skip, workers_running=bool(order and order["workers_running"]))
     _set_generators(loader, at_save)
     return iterator
@@ -370,16 +372,14 @@ class _Remaining:
     """A batch sampler whose first pass begins after `skip` batches; every later pass is whole."""
 
     def __init__(self, whole: Iterable[Any], skip: int) -> None:
-        self.whole = whole
-        self.skip = skip
+        self.whole, self.skip = whole, skip
         self.indices: Iterator[Any] | None = None
 
     def __len__(self) -> int:
         return len(self.whole)  # type: ignore[arg-type]  # asked only of loaders that have a length
 
     def __iter__(self) -> Iterator[Any]:
-        # at once, because some samplers draw here; the pass asked for last is the one that is used: with workers a
-        # loader asks twice and drops the first
+        # some samplers draw here; with workers a loader asks twice, and drops the first pass
         self.indices = iter(self.whole)
         return self._after_skip(self.indices)
 
@@ -390,9 +390,7 @@ class _Remaining:
     def advance(self) -> None:
         """Draw and drop the batches to skip, if that has not been done."""
         skip, self.skip = self.skip, 0
-        found = sum(1 for _ in itertools.islice(self.indices or (), skip))
-        if found < skip:
-            raise _too_short(found, skip)
+        _drop(self.indices or iter(()), skip)
 
 
 class _RunningWorkers:
@@ -415,6 +413,8 @@ def _other_generator() -> torch.Generator:
 
 def _iter_after(loader: DataLoader[Any], skip: int, *, workers_running: bool) -> Iterator[Any]:
     # a shallow copy keeps the class and every setting; its samplers are the loader's own, so their generators move on
+    if "next_iter_state" in vars(loader):  # a StatefulDataLoader's own state would skip once more
+        vars(loader)["next_iter_state"] = None
     rest = copy.copy(loader)
     settings = vars(rest)  # __setattr__ refuses these names once a loader is made
     settings["_iterator"] = None
@@ -422,48 +422,33 @@ def _iter_after(loader: DataLoader[Any], skip: int, *, workers_running: bool) ->
     remaining = settings[name] = _Remaining(getattr(loader, name), skip)
     if workers_running:  # persistent workers were seeded in an earlier epoch, this one drew no seed
         rest.generator = _other_generator()
-    iterator = iter(rest)
+    iterator: Iterator[Any] = iter(rest)
     if remaining.indices is not None:
         remaining.advance()  # without workers nothing has been drawn yet, and the caller sets the random state next
     elif skip:  # a class of the user's whose __iter__ is a generator; only reading a batch makes it draw
         iterator = itertools.chain(list(itertools.islice(iterator, 1)), iterator)
     if loader.persistent_workers:
-        vars(loader)["_iterator"] = iterator  # later epochs go on with these workers
+        vars(loader)["_iterator"] = settings["_iterator"]  # later epochs go on with these workers
     return iterator
 
 
-def _resume_stateful(loader: Any, own: Mapping[str, Any], at_save: Mapping[str, Any]) -> Iterator[Any]:
+def _resume_stateful(loader: Any, state: Mapping[str, Any]) -> Iterator[Any]:
     before = torch.get_rng_state()
-    loader.load_state_dict(dict(own))
+    loader.load_state_dict(dict(state["loader"]))
     iterator: Iterator[Any] = iter(loader)
-    if own.get("_iterator_finished"):
-        # it has made two iterators, one to load into and one to return; only the second one's draws are training's
+    _set_generators(loader, state)
+    if state["loader"].get("_iterator_finished"):
+        # iter() has made two iterators, one to load into and one to return: the draws of training are those of one
         torch.set_rng_state(before)
-        _set_generators(loader, at_save)
         iterator = iter(loader)
     return iterator
 
 
-def _read_and_drop(iterator: Iterator[Any], skip: int) -> None:
-    if skip:
-        message = (
-            f"an IterableDataset has no indices: {skip} batches are read again and dropped to resume; "
-            "a torchdata StatefulDataLoader over a dataset with state_dict() resumes at once"
-        )
-        warnings.warn(message, stacklevel=3)
+def _drop(iterator: Iterator[Any], skip: int) -> None:
     found = sum(1 for _ in itertools.islice(iterator, skip))
     if found < skip:
-        raise _too_short(found, skip)
-
-
-def _too_short(found: int, skip: int) -> Mismatch:
-    message = f"{skip} batches of the epoch had been trained on, the loader ends after {found}"
-    return Mismatch(message, hint="resume with the dataset, sampler and batch size of the save, or from an epoch's end")
-
-
-def _iterator(loader: DataLoader[Any]) -> Any:
-    """Return the iterator a loader keeps: that of persistent workers, and any of a StatefulDataLoader."""
-    return vars(loader)["_iterator"]
+        message = f"{skip} batches of the epoch had been trained on, the loader ends after {found}"
+        raise Mismatch(message, hint="resume with the dataset, sampler and batch size of the save")
 
 
 def _generators(loader: DataLoader[Any]) -> dict[str, torch.Generator]:
@@ -482,10 +467,9 @@ def _generators(loader: DataLoader[Any]) -> dict[str, torch.Generator]:
 
 def _set_generators(loader: DataLoader[Any], tree: Mapping[str, Any] | None) -> None:
     if tree is not None:
-        generators = _generators(loader)
-        if generators.keys() != tree["generators"].keys():
-            raise Mismatch(f"the loader's order does not fit: {'; '.join(_generator_differences(loader, tree))}")
-        for name, generator in generators.items():
+        if differences := _generator_differences(loader, tree):
+            raise Mismatch(f"the loader's order does not fit: {'; '.join(differences)}")
+        for name, generator in _generators(loader).items():
             generator.set_state(tree["generators"][name])
 
 
@@ -493,7 +477,7 @@ def _loader_state(loader: DataLoader[Any]) -> Tree:
     tree = order_state(loader) or {"generators": {}, "workers_running": False}
     if not _is_stateful_loader(loader):
         return tree
-    iterator = _iterator(loader)
+    iterator = vars(loader)["_iterator"]
     if iterator is None:  # asking for its state would start an iterator, and draw
         tree["loader"] = getattr(loader, "next_iter_state", None)
     elif isinstance(iterator, _RunningWorkers) or (iterator._finished and not _has_own_state(loader)):  # noqa: SLF001
@@ -507,8 +491,8 @@ def _restore_loader(loader: DataLoader[Any], tree: Mapping[str, Any]) -> None:
     if tree.get("loader") is not None:
         loader.load_state_dict(tree["loader"])  # type: ignore[attr-defined]
     elif not tree["workers_running"]:
-        vars(loader)["_iterator"] = None
-    elif _iterator(loader) is None:
+        vars(loader).update(_iterator=None, **({"next_iter_state": None} if _is_stateful_loader(loader) else {}))
+    elif vars(loader)["_iterator"] is None:
         vars(loader)["_iterator"] = _RunningWorkers()
     _set_generators(loader, tree)
 
@@ -528,8 +512,7 @@ def _loader_differences(loader: DataLoader[Any], tree: Mapping[str, Any]) -> lis
 
 def _generator_differences(loader: DataLoader[Any], tree: Mapping[str, Any]) -> list[str]:
     live, saved = _generators(loader).keys(), tree["generators"].keys()
-    lines = [f"generators/{name}: only here" for name in sorted(live - saved)]
-    return lines + [f"generators/{name}: only in the checkpoint" for name in sorted(saved - live)]
+    return _one_sided(live - saved, saved - live, "generators/")
 
 
 def _is_stateful_loader(loader: DataLoader[Any]) -> bool:

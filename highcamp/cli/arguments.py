@@ -120,7 +120,7 @@ def _default_run() -> str:
         return str(nearest)
     below = [shown_path(path) for path in runs_below(here)]
     if below:
-        hint = f"name one of those below: {', '.join(below[:5])}{', …' if len(below) > 5 else ''}"  # noqa: PLR2004
+        hint = f"name one of those below: {', '.join(below[:5])}{', …' if len(below) > 5 else ''}"
     else:
         hint = 'name one, or begin with "highcamp demo"'
     raise RunNotFound(f"neither {here} nor a directory above it is a run", path=str(here), hint=hint)

@@ -64,7 +64,7 @@ def history_table(seen: Look, rows: Sequence[Row], names: Sequence[str]) -> Tabl
                     numbers([row.metrics.get(name) for row in rows]),
                     [exact(row.metrics.get(name)) for row in rows],
                     right=True,
-                    drop=0 if name == watched else 1,
+                    drop=0 if name == watched else 2,
                 )
                 for name in names
             ),
@@ -73,8 +73,9 @@ def history_table(seen: Look, rows: Sequence[Row], names: Sequence[str]) -> Tabl
                 [duration((row.at - began).total_seconds()) for row in rows],
                 [format_time(row.at) for row in rows],
                 right=True,
+                drop=3,
             ),
-            Column("ATTEMPT", [str(row.attempt) for row in rows], right=True, drop=3),
+            Column("ATTEMPT", [str(row.attempt) for row in rows], right=True, drop=4),
             Column("NOTE", [_note(seen, row) for row in rows]),
         ],
         signs=["*" if row is seen.best_row else " " for row in rows],
@@ -99,7 +100,7 @@ def _restarts(seen: Look, rows: Sequence[Row]) -> dict[int, list[str]]:
     for attempt in seen.history.attempts:
         if attempt.number > first:
             at = next((n for n, row in enumerate(rows) if row.attempt >= attempt.number), len(rows))
-            notes.setdefault(at, []).append("    " + restart_line(seen, attempt))
+            notes.setdefault(at, []).append(restart_line(seen, attempt))
     return notes
 
 

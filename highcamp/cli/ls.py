@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from highcamp.cli.arguments import find_target, is_run, refer, runs_below, shown_path
-from highcamp.cli.look import COMMITTED, look, metric_facts, monitor_facts, number_facts, ordered_metrics
+from highcamp.cli.look import look, metric_facts, monitor_facts, number_facts, ordered_metrics
 from highcamp.cli.program import command
 from highcamp.cli.table import Column, Table
 from highcamp.cli.text import MISSING, age, count, exact, number, numbers, plain, size
@@ -81,15 +81,15 @@ def ls(
     return 0
 
 
-def headline(seen: Look) -> str:
-    """A run in one line: run digits, monitor, epochs, checkpoints, state."""
+def headline(seen: Look) -> list[str]:
+    """A run in a few words each: run digits, its monitor, epochs, checkpoints, state."""
     parts = [f"run {plain(seen.name)}"]
     if seen.monitor:
         parts.append(f"monitor {plain(seen.monitor.metric)} ({seen.monitor.mode})")
     attempts = f" in {count(len(seen.history.attempts), 'attempt')}" if len(seen.history.attempts) > 1 else ""
     parts.append(count(seen.epoch, "epoch") + attempts)
     parts.append(f"{count(len(seen.checkpoints), 'checkpoint')}, {size(sum(each.size_bytes for each in seen.checkpoints))}")
-    return "   ".join([*parts, seen.state_of_run])
+    return [*parts, seen.state_of_run]
 
 
 def _print_checkpoints(output: Output, seen: Look, rows: Sequence[Checkpoint], names: list[str], *, all_metrics: bool) -> None:
@@ -98,7 +98,7 @@ def _print_checkpoints(output: Output, seen: Look, rows: Sequence[Checkpoint], n
         shown = [seen.monitor.metric, *shown]
     columns = [
         Column("CHECKPOINT", [each.name for each in rows], drop=0),
-        Column("EPOCH", [str(each.epoch) for each in rows], right=True),
+        Column("EPOCH", [str(each.epoch) for each in rows], right=True, drop=2),
         Column("STEP", [str(each.step) for each in rows], right=True, drop=0),
         *(
             Column(
@@ -106,28 +106,28 @@ def _print_checkpoints(output: Output, seen: Look, rows: Sequence[Checkpoint], n
                 numbers([each.metrics.get(name) for each in rows]),
                 [exact(each.metrics.get(name)) for each in rows],
                 right=True,
-                drop=0 if seen.monitor and name == seen.monitor.metric else 2,  # they are in `log` too: the first to go
+                drop=0 if seen.monitor and name == seen.monitor.metric else 6,  # they are in `log` too: the first to go
             )
             for name in shown
         ),
-        Column("SIZE", [size(each.size_bytes) for each in rows], [str(each.size_bytes) for each in rows], right=True),
+        Column("SIZE", [size(each.size_bytes) for each in rows], [str(each.size_bytes) for each in rows], right=True, drop=3),
         Column(
             "SAVED",
             [age((seen.at - each.created_at).total_seconds()) for each in rows],
             [format_time(each.created_at) for each in rows],
+            drop=4,
         ),
-        Column("KEPT BECAUSE", [", ".join(seen.reasons(each.name)) or "until the next save" for each in rows], flexible=True),
-        Column("STATE", [seen.state(each.name) for each in rows]),
+        Column("KEPT BECAUSE", [", ".join(seen.reasons(each.name)) or "not pruned yet" for each in rows], flexible=True),
+        Column("STATE", [seen.state(each.name) for each in rows], drop=5),  # what is damaged is said below in any case
     ]
     if output.is_terminal:
-        output.line(headline(seen), style="bold")
+        output.parts(headline(seen), style="bold")
     if rows:
         output.table(Table(columns, [_sign(seen, each) for each in rows], [_style(seen, each) for each in rows]))
     elif output.is_terminal:
         output.line("no checkpoint fits" if seen.checkpoints else "no checkpoints yet")
     if output.is_terminal:
-        for line in _legend(seen, rows):
-            output.line(line)
+        output.parts([f" {part}" for part in _legend(seen, rows)])
         _say_what_is_wrong(output, seen)
         if seen.best:
             output.hint(
@@ -167,14 +167,14 @@ def _style(seen: Look, each: Checkpoint) -> str:
 
 def _legend(seen: Look, rows: Sequence[Checkpoint]) -> list[str]:
     if seen.best is None:
-        return [] if seen.monitor is None else [f" no best: no checkpoint has a finite {plain(seen.monitor.metric)}"]
+        return [] if seen.monitor is None else [f"no best: no checkpoint has a finite {plain(seen.monitor.metric)}"]
     parts = ["* best"] if any(each.name == seen.best.name for each in rows) else []
     if any(each.name != seen.best.name and _is_as_good(seen, each) for each in rows) and seen.noise is not None:
-        parts.append(f"= as good as the best within noise ({number(seen.noise)})")
+        parts.append(f"= as good as the best within noise ({seen.noise:.2g})")
     later = seen.epoch - seen.best.epoch
     if later > 0 and seen.monitor:
         parts.append(f"no better {plain(seen.monitor.metric)} for {count(later, 'epoch')}")
-    return [" " + "   ".join(parts)] if parts else []
+    return parts
 
 
 def _sorted(seen: Look, sort: str | None, names: Sequence[str]) -> list[Checkpoint]:
@@ -255,4 +255,3 @@ def _short(seen: Look, each: Checkpoint | None) -> dict[str, Any] | None:
     return {"name": each.name, "epoch": each.epoch, "step": each.step, **number_facts("value", value), **metric_facts(each.metrics)}
 
 
-__all__ = ["COMMITTED", "headline", "ls"]

@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 from highcamp.cli.text import MISSING, plain
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from rich.console import Console
 
     from highcamp.cli.table import Table
 
 MIN_WIDTH = 20
-_PLAIN_SIGNS = str.maketrans({"…": "~", "·": "|", "→": ">", "█": "#", "░": "-", "✓": "+"})  # noqa: RUF001
+PARTING = "   "
+_PLAIN_SIGNS = str.maketrans({"…": "~", "·": "|", "→": ">", "█": "#", "░": "-", "✓": "+"})
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,17 @@ class Output:
             self._console().print(_encodable(text), style=style, soft_wrap=True)
         else:
             sys.stdout.write(_encodable(text) + "\n")
+
+    def parts(self, parts: Sequence[str], style: str = "") -> None:
+        """Short phrases side by side, on as many lines as it takes."""
+        lines: list[str] = []
+        for part in parts:
+            if lines and len(lines[-1]) + len(PARTING) + len(part) <= self.width:
+                lines[-1] += PARTING + part.lstrip()
+            else:
+                lines.append(part)
+        for line in lines:
+            self.line(line, style)
 
     def table(self, table: Table) -> None:
         """Its rows: aligned on a terminal, tab-separated with full precision elsewhere."""

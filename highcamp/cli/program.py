@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import traceback
-from typing import TYPE_CHECKING, Any, ParamSpec, override
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -21,7 +21,13 @@ from highcamp.errors import HighcampError
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-Arguments = ParamSpec("Arguments")
+    from typing_extensions import override
+else:
+
+    def override(method: object) -> object:
+        """What Python 3.12 has in `typing`: a word to the type checker, and nothing at run time."""
+        return method
+
 
 USAGE = 2
 FAILED = 3

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -136,7 +136,7 @@ def _show_checkpoint(output: Output, seen: Look, entry: Checkpoint, *, layers: b
         ("attempt", str(entry.attempt)),
         ("saved", saved),
         *((name, number(value) if output.is_terminal else exact(value)) for name, value in entry.metrics.items()),
-        ("kept because", ", ".join(seen.reasons(entry.name)) or "until the next save"),
+        ("kept because", ", ".join(seen.reasons(entry.name)) or "not pruned yet"),
         ("state", seen.state(entry.name)),
         ("parent", entry.parent or MISSING),
         *(("file", f"{file.name}  {size(file.size)}  {file.digest}") for file in entry.files),

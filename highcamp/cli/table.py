@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -72,7 +73,9 @@ class Table:
             pieces = [_padded(cells[index][row], width, self.columns[index].right) for index, width in fitted]
             style = (self.styles[row - 1] if self.styles else "") if row else "bold"
             lines.append(Text((sign + GAP.join(pieces)).rstrip(), style=style))
-            lines += [Text(note, style="yellow") for note in self.notes.get(row, ())]
+            for note in self.notes.get(row, ()):
+                wrapped = textwrap.wrap(note, width, initial_indent=" " * indent, subsequent_indent=" " * (indent + 4))
+                lines += [Text(piece, style="yellow") for piece in wrapped]
         return lines
 
 

@@ -23,14 +23,14 @@ def plain(text: str) -> str:
 
 
 def size(size_bytes: int) -> str:
-    """Bytes in decimal units: 812 B, 1.2 kB, 137 MB, 1.49 GB."""
+    """Bytes in decimal units: 812 B, 1.2 kB, 137 MB, 1.5 GB."""
     amount = float(size_bytes)
     for unit in ("B", "kB", "MB", "GB"):
         # What would be rounded up to 1000 belongs to the next unit.
-        if amount < 999.5:  # noqa: PLR2004
-            return f"{amount:.0f} {unit}" if unit == "B" or amount >= 99.5 else f"{amount:.2g} {unit}"  # noqa: PLR2004
+        if amount < 999.5:
+            return f"{amount:.1f} {unit}" if unit != "B" and amount < 9.95 else f"{amount:.0f} {unit}"
         amount /= 1000
-    return f"{amount:.2f} TB" if amount < 100 else f"{amount:.0f} TB"  # noqa: PLR2004
+    return f"{amount:.1f} TB"
 
 
 def age(seconds: float) -> str:
@@ -46,7 +46,7 @@ def duration(seconds: float) -> str:
     """A stretch of time as on a clock: 0:07, 12:30, 3:04:09."""
     whole = int(max(0.0, seconds))
     minutes, rest = divmod(whole, 60)
-    if minutes < 60:  # noqa: PLR2004
+    if minutes < 60:
         return f"{minutes}:{rest:02d}"
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
@@ -76,11 +76,9 @@ def numbers(values: Sequence[float | None]) -> list[str]:
     nonzero = [value for value in finite if value]
     low, high = (nonzero[0], nonzero[-1]) if nonzero else (1.0, 1.0)
     is_fixed = _FIXED_RANGE[0] <= low and high < _FIXED_RANGE[1]
-    if is_fixed:
-        # Four digits of the largest, and never less than two of the smallest.
-        start = max(SIGNIFICANT_DIGITS - 1 - _exponent(high), 1 - _exponent(low), 0)
-    else:
-        start = SIGNIFICANT_DIGITS
+    # Fixed: four digits of the largest, and never less than two of the smallest.
+    decimals = max(SIGNIFICANT_DIGITS - 1 - _exponent(high), 1 - _exponent(low), 0)
+    start = decimals if is_fixed else SIGNIFICANT_DIGITS
     spelling = f".{start}f"
     for digits in range(start, MAX_DIGITS + 1):
         spelling = f".{digits}f" if is_fixed else f".{digits}g"

@@ -121,6 +121,8 @@ def decode_key(skeleton: object, path: str, depth: int = 0) -> Any:
     """Return the plain hashable value of its JSON. Raises Damaged, naming `path`, for everything else."""
     if isinstance(skeleton, str):
         return skeleton
+    if depth > MAX_DEPTH:
+        raise malformed(path, f"it is nested deeper than {MAX_DEPTH} levels")
     if isinstance(skeleton, dict):
         match tag_of(skeleton, path):
             case "$tuple", list() as content:

@@ -18,7 +18,7 @@ MAX_DEPTH = 400  # a state tree is at most 100 deep, a level takes up to 3 in JS
 MAX_CONTAINERS = (
     2_000_000  # lists and objects: `[]` costs 2 bytes of text and 64 of memory; 100,000 tensors need about 110,000
 )
-MAX_QUOTES = 16_000_000  # two for each string: bounds the memory of strings; 100,000 tensors need about 600,000
+MAX_QUOTES = 10_000_000  # two a string, which takes 50 bytes of memory and more; 1,000,000 tensors need 8,000,000
 MAX_DIGITS = 4300  # Python's own limit, for the cost of an integer grows with the square of its digits
 
 # Possessive, and an unterminated string runs to the end: no input makes this quadratic.

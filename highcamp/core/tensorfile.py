@@ -162,9 +162,7 @@ def parse(header: bytes, file_size: int, where: str) -> Layout:
     negative or fractional numbers, offsets that do not match dtype and shape, gaps, overlaps, a wrong file size.
     """
     if header_bytes(header[:8], file_size, where) != len(header):
-        raise _damaged(
-            where, f"{len(header)} bytes of header were read, it claims {8 + int.from_bytes(header[:8], 'little')}"
-        )
+        raise _damaged(where, f"{len(header)} bytes were read as its header, which claims another length")
     try:
         text = header[8:].decode("utf-8")
     except UnicodeDecodeError as error:
@@ -175,9 +173,7 @@ def parse(header: bytes, file_size: int, where: str) -> Layout:
     for entry in entries:
         if entry.start != position:
             kind = "overlap" if entry.start < position else "leave a gap"
-            raise _damaged(
-                where, f"its tensors {kind} before {entry.name!r}: it starts at {entry.start}, expected {position}"
-            )
+            raise _damaged(where, f"its tensors {kind}: {entry.name!r} starts at {entry.start}, expected {position}")
         position = entry.end
     if len(header) + position != file_size:
         raise _damaged(where, f"it is {file_size} bytes, its header accounts for {len(header) + position}")

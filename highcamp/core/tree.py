@@ -300,7 +300,7 @@ def _compare(like: object, skeleton: object, path: str, depth: int, comparison: 
     saved = _aligned(like, node) if found in _CONTAINERS and node.kind in _CONTAINERS else None
     if saved is None:
         if found != "plain" or node.kind != "plain":
-            comparison.lines.append(f"{shown}: a {node.kind} in the checkpoint, a {found} here")
+            comparison.lines.append(f"{shown}: a {_WORDS[node.kind]} in the checkpoint, a {_WORDS[found]} here")
         return
     live = _children(like)
     for key, child in live.items():
@@ -343,6 +343,9 @@ def _build(like: Any, skeleton: object, path: str, depth: int, leaf: Callable[[s
 
 
 _CONTAINERS = frozenset({"list", "tuple", "namedtuple", "dict"})
+_WORDS = {"namedtuple": "named tuple", "plain": "plain value"} | {
+    kind: kind for kind in ("tensor", "list", "tuple", "dict")
+}
 
 
 def _is_exact_container(value: object) -> bool:

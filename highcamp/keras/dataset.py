@@ -140,7 +140,11 @@ class EpochDataset(keras.utils.PyDataset):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Compare with the data of the run. Raises Mismatch listing every difference: the order would be another one."""
         here = self.state_dict()
-        lines = [f"\n  {name}: {state.get(name)} in the checkpoint, {here[name]} here" for name in here if state.get(name) != here[name]]
+        lines = [
+            f"\n  {name}: {state.get(name)} in the checkpoint, {here[name]} here"
+            for name in here
+            if state.get(name) != here[name]
+        ]
         if lines:
             raise Mismatch(
                 "the data are not those of the run:" + "".join(lines),

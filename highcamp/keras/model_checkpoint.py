@@ -8,7 +8,7 @@ import os
 import re
 import string
 import warnings
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
@@ -80,7 +80,9 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
                 hint='use save_freq="epoch", or monitor a training metric such as "loss"',
             )
         if initial_value_threshold is not None and not math.isfinite(initial_value_threshold):
-            raise InvalidArgument(f"ModelCheckpoint: initial_value_threshold is {initial_value_threshold}, not a finite number")
+            raise InvalidArgument(
+                f"ModelCheckpoint: initial_value_threshold is {initial_value_threshold}, not a finite number"
+            )
         self._fields = _checked_fields(self.filepath, by_batch=save_freq != "epoch")
         self._threshold = initial_value_threshold
         self._best_path: str | None = None
@@ -135,7 +137,10 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         model = self.model
         write_file(os.path.realpath(target), model.save_weights if self.save_weights_only else model.save, record)
         if value is not None:
-            self.best, self._best_path = value, target  # only now: a save that failed must not keep the next from trying
+            self.best, self._best_path = (
+                value,
+                target,
+            )  # only now: a save that failed must not keep the next from trying
         if self.verbose > 0:
             io_utils.print_msg(f"\nEpoch {epoch + 1}: finished saving model to {target}")
 
@@ -215,19 +220,20 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
                 f"ModelCheckpoint: it cannot be told from the name {self.monitor!r} whether less or more of it is better",
                 hint="pass mode='min' or mode='max'",
             )
-        if self._direction is not None and self.monitor_op is None:
-            self.monitor_op = keras.ops.less if self._direction == "min" else keras.ops.greater
+        if self._direction is not None:
+            self.monitor_op: Any = keras.ops.less if self._direction == "min" else keras.ops.greater
 
     # --------------------------------------------------------------------------------------------- what is on the disk
 
     def _recall(self) -> None:
         """Take the best from the files that are there; the threshold counts as well."""
-        self.best, self._best_path = self._threshold, None
+        self.best: float | None = self._threshold
+        self._best_path = None
         for path, record in self._files():
             if record is None:
                 warnings.warn(
                     f"{path} does not say what it was saved for; the first {self.monitor} will replace it", stacklevel=2
-                ) if path == self.filepath else None
+                )
                 continue
             if record.value is None or (record.monitor, record.mode) != (self.monitor, self._direction):
                 continue
@@ -369,4 +375,4 @@ def _to_float(name: str, value: Any) -> float:
             f"ModelCheckpoint: {name} is a {type(value).__name__}{shape}, not a number",
             hint="monitor a metric that is one number per epoch",
         )
-    return cast("float", float(array))
+    return float(array)

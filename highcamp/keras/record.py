@@ -96,7 +96,9 @@ def read_record(path: str) -> Record | None:
                 found = file.attrs.get(_ATTRIBUTE)
                 text = b"" if found is None else str(found).encode()
     except (OSError, zipfile.BadZipFile, EOFError, KeyError, RuntimeError) as error:
-        raise Damaged(f"{path} cannot be read: {error}", path=path, hint="it was cut short, or is no model file") from error
+        raise Damaged(
+            f"{path} cannot be read: {error}", path=path, hint="it was cut short, or is no model file"
+        ) from error
     if not text.startswith(b"{"):
         return None
     value = strict.read(text, where=path, limit=MAX_RECORD_BYTES)

@@ -70,6 +70,8 @@ def capture(obj: object) -> object | None:
     is not known.
     """
     if isinstance(obj, keras.Model):
+        if keras.backend.backend() == "jax":
+            obj.jax_state_sync()  # while an epoch runs, the values of model and optimizer are elsewhere
         return model_state(obj)
     if isinstance(obj, keras.optimizers.Optimizer):
         return dict(zip(optimizer_labels(obj), _variables(obj), strict=True))
@@ -128,7 +130,7 @@ def restore(obj: object, tree: object) -> None:
         )
     saved = {name: value for name, value in tree.items() if name != ARCHITECTURE}
     for (name, variable), value in zip(live.items(), _in_order(saved, live), strict=True):
-        _assign(variable, np.asarray(value), name)
+        assign(variable, np.asarray(value), name)
 
 
 def random_state() -> dict[str, Any]:
@@ -157,7 +159,7 @@ def set_random_state(tree: Any) -> None:
     if generator is None:
         generator = keras.random.SeedGenerator(seed=0)  # with a seed: without one it would draw from Python's generator
         global_state.set_global_attribute(seeds.GLOBAL_SEED_GENERATOR, generator)
-    _assign(generator.state, np.asarray(saved), "global seed generator")
+    assign(generator.state, np.asarray(saved), "global seed generator")
 
 
 # ------------------------------------------------------------------------------------------------------------ models
@@ -174,7 +176,10 @@ def model_state(model: Any) -> dict[str, Any]:
             f"the model {model.name!r} is not built yet: it has no weights to save or restore",
             hint="start it with keras.Input(shape), or call model.build(input_shape) before training",
         )
-    return {**dict(zip(_labels(model, model.variables), model.variables, strict=True)), ARCHITECTURE: architecture(model)}
+    return {
+        **dict(zip(_labels(model, model.variables), model.variables, strict=True)),
+        ARCHITECTURE: architecture(model),
+    }
 
 
 def architecture(model: Any) -> Any:
@@ -200,7 +205,7 @@ def _is_plain(value: Any) -> bool:
     queue = deque([(value, 0)])
     while queue:
         entry, depth = queue.popleft()
-        if depth > 80:  # noqa: PLR2004  (a state tree ends at 100, and the model's own place in it needs some)
+        if depth > 80:
             return False
         if isinstance(entry, float) and not np.isfinite(entry):
             return False
@@ -273,7 +278,7 @@ def _unique(labels: Iterable[str]) -> list[str]:
 
 
 def optimizer_labels(optimizer: Any) -> list[str]:
-    """Readable, unique names of `optimizer.variables`: "iteration", "learning_rate", "dense_kernel_momentum", …"""
+    """Readable, unique names of `optimizer.variables`: "iteration", "learning_rate", "dense_kernel_momentum", and so on."""
     return _unique(variable.path.partition("/")[2] or variable.path for variable in _variables(optimizer))
 
 
@@ -344,12 +349,12 @@ def _plain(value: Any) -> Any:
 
 def _view(variable: Any) -> np.ndarray[Any, Any]:
     """A variable's value as NumPy, sharing memory on PyTorch and JAX where it lies in this machine's memory."""
-    value = variable.value
-    if value is None:
+    if variable._value is None:  # noqa: SLF001  (asking for `value` would try to initialize it anew)
         raise InvalidState(
-            f"{variable.path} is empty: on JAX the variables are taken out while an epoch runs",
-            hint="reach the model through a callback's self.model, which puts them back",
+            f"{variable.path} is empty: on JAX the values are elsewhere while an epoch runs",
+            hint="capture the model first, or reach it through a callback's self.model, which brings them back",
         )
+    value = variable.value
     backend = keras.backend.backend()
     if backend == "torch":
         return _torch_view(value)
@@ -360,7 +365,7 @@ def _view(variable: Any) -> np.ndarray[Any, Any]:
 
 def _torch_view(tensor: Any) -> np.ndarray[Any, Any]:
     torch = sys.modules["torch"]  # the backend in use, so it is imported
-    import ml_dtypes  # noqa: PLC0415
+    import ml_dtypes
 
     host = tensor.detach().cpu()
     if host.dtype == torch.bfloat16:  # NumPy knows it only through ml_dtypes: the same bytes under another name
@@ -372,7 +377,7 @@ def _torch_view(tensor: Any) -> np.ndarray[Any, Any]:
         return np.asarray(keras.ops.convert_to_numpy(tensor))
 
 
-def _assign(variable: Any, value: np.ndarray[Any, Any], name: str) -> None:
+def assign(variable: Any, value: np.ndarray[Any, Any], name: str) -> None:
     """Put bytes into a variable: a copy of its own, never the memory of `value`.
 
     JAX takes an aligned NumPy array as it is, and the first donated step would then write into the checkpoint's memory.
@@ -387,7 +392,7 @@ def _assign(variable: Any, value: np.ndarray[Any, Any], name: str) -> None:
 
 
 def _dtype_of(variable: Any) -> np.dtype[Any]:
-    import ml_dtypes  # noqa: PLC0415
+    import ml_dtypes
 
     name = str(variable.dtype)
     return np.dtype(getattr(ml_dtypes, name, None) or name)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from highcamp.errors import InvalidArgument
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
     from highcamp.policy.candidate import Candidate
     from highcamp.policy.monitor import Monitor
@@ -27,7 +27,7 @@ class Keep:
     """How many checkpoints stay: so many of the best, so many of the last, and one for every so many steps or epochs.
 
     best, last: 0 or more; two last ones by default, so that a damaged one has a neighbour to fall back to.
-    every_steps, every_epochs: positive; those whose step (epoch) is a multiple stay for ever.
+    every_steps, every_epochs: positive; the first one at or past each multiple stays for ever.
     Raises InvalidArgument in the constructor.
     """
 
@@ -82,10 +82,10 @@ def plan(
     for place, each in enumerate(whole[: -max(keep.last, 1) - 1 : -1], start=1):
         reasons[each.name].append(_place("last", place, keep.last))
     if keep.every_steps is not None:
-        for each in _newest_per({each.step: each for each in whole}, keep.every_steps):
+        for each in _milestones(whole, keep.every_steps, lambda each: each.step):
             reasons[each.name].append(_period(keep.every_steps, "step"))
     if keep.every_epochs is not None:
-        for each in _newest_per({each.epoch: each for each in whole}, keep.every_epochs):
+        for each in _milestones(whole, keep.every_epochs, lambda each: each.epoch):
             reasons[each.name].append(_period(keep.every_epochs, "epoch"))
     for pin, name in sorted(pins.items()):
         if name in reasons:
@@ -104,9 +104,20 @@ def plan(
     )
 
 
-def _newest_per(newest: dict[int, Candidate], period: int) -> Sequence[Candidate]:
-    """newest: the newest candidate of each count. The state before the first step or epoch is nobody's milestone."""
-    return [each for count, each in newest.items() if count > 0 and count % period == 0]
+def _milestones(
+    ordered: Sequence[Candidate], period: int, count: Callable[[Candidate], int]
+) -> Collection[Candidate]:
+    """The first candidate at or past each multiple of the period; of two of the same step, the newer.
+
+    At or past, because a cadence by epochs may never meet a multiple of steps. One that was kept stays the first, so the
+    plan does not change when others go.
+    """
+    first: dict[int, Candidate] = {}
+    for each in ordered:
+        window = count(each) // period
+        if window and (window not in first or first[window].step == each.step):
+            first[window] = each
+    return first.values()
 
 
 def _place(what: str, place: int, quota: int) -> str:

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from highcamp.core.manifest import Manifest, split_metrics
-from highcamp.errors import Damaged, Refused, StorageError
+from highcamp.errors import Damaged, Refused, StorageError, Unreadable
 from highcamp.run import commit, owner
 from highcamp.run.checkpoint import Checkpoint
-from highcamp.run.history import Event, append_event, attempt_numbers, format_time, log_event
+from highcamp.run.history import Event, append_events, attempt_numbers, format_time, log_event
 from highcamp.run.run import Run
 from highcamp.run.settings import Settings, monitor_facts, read_settings, write_settings
 
@@ -61,10 +61,18 @@ class OngoingAttempt:
         self._damaged: set[str] = set()
         self._lock = threading.Lock()  # the history is written by the loop and by the writer
         self._parent: str | None = None
-        self._unsynced = False
+        self._rows, self._part = 0, 1
+        self._unwritten: list[Event] = []  # not in the current history file
+        self._undurable: list[Event] = []  # not known to survive a power cut
 
     def _open_settings(self, every: str) -> Settings:
-        known = read_settings(self._store)
+        try:
+            known = read_settings(self._store)
+        except Unreadable:
+            raise
+        except Damaged:
+            known = None  # its facts are in the manifests too, or are about to be written again
+        self._written = known
         if known is None:
             manifests = [entry.manifest for entry in self.run.checkpoints]
             run_id = manifests[-1].run_id if manifests else secrets.token_hex(8)
@@ -83,9 +91,11 @@ class OngoingAttempt:
             changed = msgspec.structs.replace(changed, tracked=tuple(tracked))
         if epochs_planned is not None:
             changed = msgspec.structs.replace(changed, epochs_planned=epochs_planned)
-        self._settings = changed
-        if read_settings(self._store) != changed:
-            write_settings(self._store, changed)
+        with self._lock:
+            self._settings = changed
+            if self._written != changed:
+                write_settings(self._store, changed)
+                self._written = changed
 
     def check_tracked(self, checkpoint: Checkpoint, names: Sequence[str]) -> None:
         """Whether a checkpoint holds the objects called `names`, no more and no fewer. Raises Refused listing both."""
@@ -120,7 +130,6 @@ class OngoingAttempt:
     def log(self, step: int, epoch: int, metrics: Mapping[str, float]) -> None:
         """Append a row of metrics; it is durable before the next commit is."""
         self._append(log_event(step, epoch, metrics, datetime.now(UTC)), durable=False)
-        self._unsynced = True
 
     def end(self, how: str, step: int, epoch: int) -> None:
         """Write down, durably, how this attempt ended, and give the run back."""
@@ -183,14 +192,30 @@ class OngoingAttempt:
 
     def sync(self) -> None:
         """Make every row logged so far durable."""
-        if self._unsynced:
-            self._unsynced = False
-            with self._lock:
-                self._store.append(f"history/attempt-{self.number:04d}.jsonl", b"", durable=True)
+        with self._lock:
+            if self._undurable:
+                self._write_rows(durable=True)
 
     def _append(self, event: Event, *, durable: bool) -> None:
         with self._lock:
-            append_event(self._store, self.number, event, durable=durable)
+            self._rows += 1
+            event = msgspec.structs.replace(event, row=self._rows)
+            self._unwritten.append(event)
+            self._undurable.append(event)
+            self._write_rows(durable=durable)
+
+    def _write_rows(self, *, durable: bool) -> None:
+        try:
+            append_events(self._store, self.number, self._part, self._unwritten, durable=durable)
+        except BaseException:
+            # After a failed fsync the next one succeeds and proves nothing: that file is done with, and whatever is not
+            # known to be durable goes into a new one.
+            self._part += 1
+            self._unwritten = list(self._undurable)
+            raise
+        self._unwritten = []
+        if durable:
+            self._undurable = []
 
     def _check_space(self, needed: int) -> None:
         """Fail before writing rather than in the middle; nothing good is ever removed to make room."""

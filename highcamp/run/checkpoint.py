@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from highcamp.core.manifest import Manifest
 from highcamp.core.tree import names, unflatten
 from highcamp.errors import CheckpointNotFound, InvalidArgument
 from highcamp.run import commit, export, live, verify
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from highcamp.core.manifest import File
+    from highcamp.core.manifest import File, Manifest
     from highcamp.run.verify import Verification
     from highcamp.storage.store import Store
 

@@ -84,4 +84,4 @@ def _write_npz(path: Path, arrays: Mapping[str, HostArray]) -> None:
             f"{foreign[0]} is {plain[foreign[0]].dtype}, which .npz files cannot hold", hint="export to .safetensors"
         )
     with path.open("xb") as file:
-        np.savez(file, **plain)
+        np.savez(file, allow_pickle=False, **plain)

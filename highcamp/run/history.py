@@ -1,7 +1,9 @@
 """The history: every row of metrics logged, across the attempts of a run.
 
 One file per attempt, `history/attempt-0001.jsonl`, appended by the one process of that attempt, an event per line:
-`start` (where it resumed), `log` (a row of metrics), `end` (how it ended). A torn last line is ignored.
+`start` (where it resumed), `log` (a row of metrics), `end` (how it ended). A torn last line is ignored. After an append
+has failed its file is not trusted again: the attempt goes on in `attempt-0001.2.jsonl`, beginning with every event that was
+not yet durable; `row` tells events apart that stand in both.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 
 DIRECTORY = "history"
 MAX_HISTORY_BYTES = 1 << 30  # ten million rows; more is not a history but a mistake
-_FILE = re.compile(r"attempt-(\d{4,9})\.jsonl\Z")
+_FILE = re.compile(r"attempt-(\d{4,9})(?:\.(\d{1,9}))?\.jsonl\Z")
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -30,6 +32,7 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     event: str
     at: str
+    row: int = 0
     step: int = 0
     epoch: int = 0
     batch: int = 0
@@ -104,8 +107,9 @@ class History:
         return [merged[epoch] for epoch in sorted(merged)]
 
     def at_checkpoint(self, name: str, attempt: int, step: int) -> dict[str, float]:
-        """What was measured on the state of a checkpoint: rows of its own step, logged by its attempt or by one that
-        resumed from it.
+        """What was measured on the state of a checkpoint.
+
+        Those are the rows of its own step, logged by its attempt or by one that resumed from it.
         """
         found = dict(self._by_place.get((attempt, step), {}))
         for later in self.attempts:
@@ -145,12 +149,17 @@ def read_history(store: Store) -> History:
 
 def attempt_numbers(store: Store) -> list[int]:
     """The numbers of the attempts that have a history file, ascending."""
-    return sorted(int(found[1]) for name in store.list(DIRECTORY) if (found := _FILE.match(name)))
+    return sorted({int(found[1]) for name in store.list(DIRECTORY) if (found := _FILE.match(name))})
 
 
-def append_event(store: Store, attempt: int, event: Event, *, durable: bool) -> None:
-    """Append one line to the history of `attempt`; with `durable` it survives a power cut when this returns."""
-    store.append(f"{DIRECTORY}/attempt-{attempt:04d}.jsonl", msgspec.json.encode(event) + b"\n", durable=durable)
+def append_events(store: Store, attempt: int, part: int, events: Sequence[Event], *, durable: bool) -> None:
+    """Append lines to a history file of `attempt`; with `durable` all of the file survives a power cut from then on.
+
+    part: 1, and one more after each failure. Raises StorageError.
+    """
+    suffix = "" if part == 1 else f".{part}"
+    data = b"".join(msgspec.json.encode(event) + b"\n" for event in events)
+    store.append(f"{DIRECTORY}/attempt-{attempt:04d}{suffix}.jsonl", data, durable=durable)
 
 
 def log_event(step: int, epoch: int, metrics: Mapping[str, float], at: datetime) -> Event:
@@ -172,13 +181,19 @@ def parse_time(text: str) -> datetime:
         return datetime.fromtimestamp(0, UTC)
 
 
-def _events(store: Store, attempt: int) -> Sequence[Event]:
-    data = store.read(f"{DIRECTORY}/attempt-{attempt:04d}.jsonl", MAX_HISTORY_BYTES)
+def _events(store: Store, attempt: int) -> list[Event]:
     decoder = msgspec.json.Decoder(Event)
-    events = []
-    for line in data.split(b"\n"):
-        try:
-            events.append(decoder.decode(line))
-        except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
-            continue  # torn by a crash, or written by a newer version: the other rows still count
-    return events
+    events: dict[int, Event] = {}
+    for _, name in sorted(_parts(store, attempt)):
+        for line in store.read(f"{DIRECTORY}/{name}", MAX_HISTORY_BYTES).split(b"\n"):
+            try:
+                event = decoder.decode(line)
+            except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
+                continue  # torn by a crash, or written by a newer version: the other rows still count
+            events.setdefault(event.row or -1 - len(events), event)
+    return list(events.values())
+
+
+def _parts(store: Store, attempt: int) -> list[tuple[int, str]]:
+    found = ((_FILE.match(name), name) for name in store.list(DIRECTORY))
+    return [(int(match[2] or 1), name) for match, name in found if match and int(match[1]) == attempt]

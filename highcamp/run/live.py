@@ -87,6 +87,10 @@ def framework(name: str) -> Any:
 _ROOTS = {"torch": "torch", "torchdata": "torch", "jax": "jax", "jaxlib": "jax", "keras": "keras"}
 
 
+def _frameworks_of(obj: object) -> tuple[str, ...]:
+    return _roots(type(obj))  # type: ignore[arg-type]  # a type can be hashed whatever its instances do
+
+
 @functools.lru_cache(maxsize=4096)
 def _roots(kind: type) -> tuple[str, ...]:
     """The frameworks that a type descends from: Keras on PyTorch descends from both, and Keras knows more."""
@@ -99,8 +103,8 @@ def as_array(leaf: object) -> HostArray | None:
     numpy = sys.modules.get("numpy")
     if numpy is not None and isinstance(leaf, numpy.ndarray):
         return HostArray.from_numpy(leaf, tie=(leaf.ctypes.data, leaf.strides) if leaf.size else None)
-    for name in _roots(type(leaf)):
-        array = framework(name).to_host(leaf)
+    for name in _frameworks_of(leaf):
+        array: HostArray | None = framework(name).to_host(leaf)
         if array is not None:
             return array
     return None
@@ -115,7 +119,7 @@ def capture(name: str, obj: object) -> Flat:
 
 
 def _tree(name: str, obj: object) -> object:
-    for framework_name in _roots(type(obj)):
+    for framework_name in _frameworks_of(obj):
         tree = framework(framework_name).capture(obj)
         if tree is not None:
             return tree
@@ -136,10 +140,10 @@ def _tree(name: str, obj: object) -> object:
 def check_trackable(name: str, obj: object) -> None:
     """Whether an object is of a kind whose state can be captured. Raises InvalidState naming the kinds."""
     numpy = sys.modules.get("numpy")
-    kinds = (random.Random, dict, list)
+    kinds: tuple[type, ...] = (random.Random, dict, list)
     if numpy is not None:
         kinds += (numpy.ndarray, numpy.random.Generator, numpy.random.RandomState)
-    if not (_roots(type(obj)) or _is_stateful(obj) or isinstance(obj, kinds)):
+    if not (_frameworks_of(obj) or _is_stateful(obj) or isinstance(obj, kinds)):
         raise _no_state(name, obj)
 
 
@@ -163,6 +167,7 @@ def restore_objects(pairs: Mapping[str, tuple[object, Saved]], *, where: str) ->
     problems: list[str] = []
     trees: dict[str, object] = {}
     for name, (obj, saved) in pairs.items():
+        check_trackable(name, obj)
         trees[name] = unflatten(saved.skeleton, _rebuild(obj, saved))
         problems += [f"{name}/{line}" for line in _differences(name, obj, saved, trees[name])]
     if problems:
@@ -192,7 +197,7 @@ def mismatch(problems: list[str], where: str) -> Mismatch:
 
 def _rebuild(obj: object, saved: Saved) -> Any:
     """How the tensors of `obj` come back: as arrays of its framework, as NumPy's otherwise; tied ones are one array."""
-    roots = _roots(type(obj))
+    roots = _frameworks_of(obj)
     built: dict[str, object] = {}
 
     def leaf(name: str) -> object:
@@ -206,12 +211,13 @@ def _rebuild(obj: object, saved: Saved) -> Any:
 
 def _differences(name: str, obj: object, saved: Saved, tree: object) -> list[str]:
     problems: list[str] = []
-    for framework_name in _roots(type(obj)):
+    for framework_name in _frameworks_of(obj):
         module = framework(framework_name)
         template = module.template(obj)
         if template is not None:
             problems += _compare(name, template, saved)
-        return problems + module.check(obj, tree)
+        problems += module.check(obj, tree)
+        return problems
     numpy = sys.modules.get("numpy")
     if isinstance(obj, dict | list) or (numpy is not None and isinstance(obj, numpy.ndarray)):
         problems += _compare(name, obj, saved)
@@ -225,7 +231,7 @@ def _compare(name: str, template: object, saved: Saved) -> list[str]:
 
 
 def _put(obj: object, tree: Any) -> None:
-    for framework_name in _roots(type(obj)):
+    for framework_name in _frameworks_of(obj):
         framework(framework_name).restore(obj, tree)
         return
     numpy = sys.modules.get("numpy")
@@ -336,7 +342,7 @@ def _leaf_like(saved: Saved) -> Callable[[str, object], object]:
     """A tensor as an array of the kind of the live one in its place."""
 
     def leaf(name: str, like: object) -> object:
-        roots = _roots(type(like))
+        roots = _frameworks_of(like)
         array = saved.tensors[name]
         return framework(roots[0]).from_host(array, like) if roots else array.numpy()
 

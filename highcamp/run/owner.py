@@ -15,12 +15,13 @@ import os
 import socket
 import threading
 import time
+import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from highcamp.errors import RunLocked, StorageError
+from highcamp.errors import Damaged, HighcampError, RunLocked, StorageError
 from highcamp.run.history import format_time
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ class Ownership:
         self._store = store
         self._owner = owner
         self._stop = threading.Event()
+        _held.add(self)
         self._thread = threading.Thread(target=self._keep_alive, name="highcamp-owner", daemon=True)
         self._thread.start()
 
@@ -76,16 +78,26 @@ class Ownership:
             return
         self._stop.set()
         self._thread.join()
-        found = _read(self._store)
-        if found is not None and _same(found, self._owner):  # not a successor's, who took over while we were stopped
-            with contextlib.suppress(StorageError):  # a record left behind names a process that will be dead
+        _held.discard(self)
+        with contextlib.suppress(StorageError):  # a record left behind names what this process no longer holds
+            found = _read(self._store)
+            if found is not None and self.describes(found):  # not a successor's, who took over while we stood still
                 self._store.remove(OWNER)
+
+    def describes(self, owner: Owner) -> bool:
+        """Whether `owner` is the record of this hold."""
+        return _same(owner, self._owner)
 
     def _keep_alive(self) -> None:
         while not self._stop.wait(BEAT_SECONDS):
-            self._owner = msgspec.structs.replace(self._owner, beat=self._owner.beat + 1)
             with contextlib.suppress(StorageError):  # a full disk must not end the beat for ever
-                _write(self._store, self._owner)
+                found = _read(self._store)
+                if found is None or self.describes(found):  # never over the record of a successor
+                    self._owner = msgspec.structs.replace(self._owner, beat=self._owner.beat + 1)
+                    _write(self._store, self._owner)
+
+
+_held: weakref.WeakSet[Ownership] = weakref.WeakSet()  # by this process, of any run
 
 
 def take(
@@ -135,21 +147,25 @@ def _deciding(lock_directory: Path | None):  # type: ignore[no-untyped-def]  # n
         lock_directory.mkdir(parents=True, exist_ok=True)  # made durable by the first write of the store
         with filelock.FileLock(lock_directory / ".owner.lock", timeout=2 * WATCH_SECONDS):
             yield
-    except PermissionError as error:
-        raise StorageError(
-            f"{lock_directory} cannot be written to: {error.strerror}",
-            path=str(lock_directory),
-            hint="name a directory that you may write to",
-            errno=error.errno,
-        ) from error
     except filelock.Timeout as error:
         raise RunLocked(
             f"{lock_directory} is being taken by another starting process", path=str(lock_directory), hint="try again"
+        ) from error
+    except OSError as error:
+        if isinstance(error, HighcampError):
+            raise
+        raise StorageError(
+            f"{lock_directory} cannot be written to: {error.strerror}",
+            path=str(lock_directory),
+            hint="name a directory that you may write to, on a disk that is not full",
+            errno=error.errno,
         ) from error
 
 
 def _is_alive(owner: Owner, store: Store, watch: Callable[[float], None]) -> bool:
     if _is_here(owner):
+        if owner.pid == os.getpid():  # its record may have outlived its hold: the disk failed when it was given back
+            return any(held.describes(owner) for held in list(_held))
         return _started(owner.pid) == owner.started
     watch(WATCH_SECONDS)
     later = _read(store)
@@ -168,7 +184,7 @@ def _same(one: Owner, other: Owner) -> bool:
 def _read(store: Store) -> Owner | None:
     try:
         return msgspec.json.decode(store.read(OWNER, 1 << 16), type=Owner)
-    except (FileNotFoundError, msgspec.MsgspecError):
+    except (FileNotFoundError, Damaged, msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
         return None  # no record, or one torn by a crash: nobody holds the run
 
 

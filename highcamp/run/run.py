@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -18,6 +17,7 @@ from highcamp.run.settings import Settings, read_settings
 from highcamp.storage.store import open_store
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Collection, Iterator
     from pathlib import Path
 
@@ -32,7 +32,7 @@ PINS = "pins"
 MAX_PIN_BYTES = 1 << 16  # a name and a time
 
 
-def open_run(path: str | os.PathLike[str]) -> Run:
+def open_run(path: str | os.PathLike[str] | Store) -> Run:
     """Open the run at `path` (a directory or a store URL) to look at it; takes no lock and writes nothing.
 
     Raises RunNotFound.
@@ -315,9 +315,9 @@ class Run:
 
     def plot(self, path: str | os.PathLike[str], *, metric: str | None = None) -> Path:
         """Draw the history with the best epoch marked; PNG, SVG or PDF by suffix. Raises MissingExtra for `[plot]`."""
-        from highcamp import plot
+        from highcamp.plot import draw
 
-        return plot.draw(self, path, metric=metric)
+        return draw(self, path, metric=metric)
 
     def _readable(self) -> tuple[list[tuple[str, Manifest]], list[tuple[str, str]]]:
         """(name, manifest) of what can be read and is ours, and (name, why) of the rest."""

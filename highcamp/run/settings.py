@@ -1,10 +1,11 @@
-"""`run.json`: what a run is, and what it was last asked to do. Its facts are hints for people and commands, but for the
-run id and the names of the tracked objects, which tell one experiment from another.
+"""`run.json`: what a run is, and what it was last asked to do.
+
+Its facts are hints for people and commands, but for the run id, which tells one run from another.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
@@ -21,6 +22,14 @@ RUN = "run.json"
 MAX_RUN_BYTES = 1 << 20  # a page of facts
 
 
+class MonitorFacts(msgspec.Struct, frozen=True):
+    """A Monitor as JSON."""
+
+    metric: str
+    mode: Literal["auto", "min", "max"]
+    min_delta: float = 0.0
+
+
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """The content of `run.json`.
 
@@ -31,8 +40,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     format: int = FORMAT
     run_id: str
     created_at: str
-    monitor: dict[str, str | float] | None = None
-    keep: dict[str, int | None] = {}
+    monitor: MonitorFacts | None = None
+    keep: dict[str, int] = {}
     every: str = ""
     epochs_planned: int | None = None
     tracked: tuple[str, ...] = ()
@@ -41,20 +50,16 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         """The recorded Monitor."""
         if self.monitor is None:
             return None
-        return Monitor(
-            str(self.monitor["metric"]), str(self.monitor["mode"]), min_delta=float(self.monitor.get("min_delta", 0.0))
-        )
+        return Monitor(self.monitor.metric, self.monitor.mode, min_delta=self.monitor.min_delta)
 
     def keep_value(self) -> Keep:
         """The recorded Keep."""
-        return Keep(**self.keep) if self.keep else Keep()
+        return Keep(**self.keep)
 
 
-def monitor_facts(monitor: Monitor | None) -> dict[str, str | float] | None:
+def monitor_facts(monitor: Monitor | None) -> MonitorFacts | None:
     """A Monitor as JSON."""
-    if monitor is None:
-        return None
-    return {"metric": monitor.metric, "mode": monitor.mode, "min_delta": monitor.min_delta}
+    return None if monitor is None else MonitorFacts(monitor.metric, monitor.mode, monitor.min_delta)
 
 
 def read_settings(store: Store) -> Settings | None:

@@ -292,7 +292,7 @@ class LocalStore:
             return os.open(where, APPEND)
         self._make_durable(self._absolute(parent(path), root=True))
         with told("create", where):
-            descriptor = os.open(where, NEW | os.O_APPEND, FILE_MODE)
+            descriptor = os.open(where, NEW, FILE_MODE)
         try:
             # Before the first row: a later append finds the file and could not know that its name is not durable yet.
             self._sync_directory(os.path.dirname(where))
@@ -425,7 +425,8 @@ class LocalReader:
         """See `Reader.close`."""
         if self._descriptor >= 0:
             descriptor, self._descriptor = self._descriptor, -1
-            os.close(descriptor)
+            with told("close", self.where):
+                os.close(descriptor)
 
     def __enter__(self) -> Self:
         """Return the reader itself."""

@@ -169,9 +169,14 @@ def flat(chunk: Buffer) -> memoryview:
     return view.cast("B") if view.nbytes else memoryview(b"")  # cast refuses a shape with a zero in it
 
 
-def open_store(url: str | os.PathLike[str]) -> Store:
-    """The store at a path or URL. Creates nothing; InvalidArgument for a place this version cannot write to."""
-    text = os.fspath(url)
+def open_store(url: str | os.PathLike[str] | Store) -> Store:
+    """The store at a path or URL; a store is returned as it is.
+
+    Creates nothing. Raises InvalidArgument for a place this version cannot write to.
+    """
+    if not isinstance(url, (str, bytes, os.PathLike)) and hasattr(url, "publish"):
+        return url
+    text = os.fspath(url)  # type: ignore[arg-type]  # fspath tells what is neither
     if not isinstance(text, str) or not text or "\0" in text:
         raise InvalidArgument(f"{url!r} is not a path or URL", hint='for example "runs/digits"')
     # One slash is enough: pathlib.Path("s3://bucket") has swallowed the other, and would make a local directory "s3:".

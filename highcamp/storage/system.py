@@ -78,7 +78,8 @@ def sync_directory(where: str) -> OSError | None:
                     return error
                 raise
     finally:
-        os.close(descriptor)  # nothing was written through it, so nothing can be reported here
+        with told("close", where):
+            os.close(descriptor)
     return None
 
 
@@ -175,7 +176,7 @@ def failure(error: OSError, call: str, where: str, *, needed: int | None = None,
     cls = StorageError
     if error.errno == errno.ENOENT:
         cls = NotThere
-    elif error.errno in IN_USE:
+    elif error.errno == errno.EEXIST:
         cls = Taken
     return cls(message, path=where, hint=_HINTS.get(error.errno or 0), errno=error.errno)
 

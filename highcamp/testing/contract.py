@@ -8,7 +8,6 @@
 The two raw accessors bypass the store, so that it cannot vouch for itself.
 """
 
-
 from __future__ import annotations
 
 import errno

@@ -140,7 +140,7 @@ class FaultyStore:
     def _failure(self, operation: str) -> BaseException:
         if self._error is not None:
             return self._error
-        return StorageError(f"injected: {operation}", path=operation.split()[1], errno=errno.EIO)
+        return StorageError(f"injected: {operation}", path=operation.partition(" ")[2], errno=errno.EIO)
 
     def _files(self, path: str) -> tuple[str, ...]:
         """Every file at or below a path, sorted."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import math
 import numbers
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from highcamp.errors import InvalidMetric
+from highcamp.errors import InvalidArgument, InvalidMetric
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -44,6 +44,12 @@ def refuse_unknown(what: str, unknown: Mapping[str, object], known: tuple[str, .
         raise TypeError(f"{what} has no argument {name!r}; use {ours}")
 
 
+def check_kind(name: str, value: object, kind: type, example: str) -> None:
+    """Raise InvalidArgument unless `value` is a `kind`."""
+    if not isinstance(value, kind):
+        raise InvalidArgument(f"{name} is {value!r}, not a {kind.__name__}", hint=f"for example {name}={example}")
+
+
 def to_metrics(values: Mapping[str, Any]) -> dict[str, float]:
     """Metrics as plain floats, in their order.
 
@@ -70,10 +76,8 @@ def _number(name: str, value: Any) -> float:
     ):
         plain = value.item()
     if isinstance(plain, numbers.Real) and not isinstance(plain, bool):
-        try:
+        with suppress(OverflowError):  # an integer beyond what a float can hold is none of our metrics
             return float(plain)
-        except OverflowError:
-            return math.inf if plain > 0 else -math.inf
     shape = getattr(value, "shape", None)
     described = type(value).__name__ + (f" of shape {tuple(shape)}" if shape not in (None, ()) else "")
     raise InvalidMetric(

@@ -10,7 +10,7 @@ from highcamp.run import live
 from highcamp.training.rng import random_state, set_random_state
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sized
+    from collections.abc import Iterable, Iterator
 
 
 @dataclass
@@ -48,8 +48,9 @@ def resume(loader: Iterable[Any], saved: dict[str, Any], skip: int, *, where: st
     place = Place(saved["before"], saved["order"], loader)
     batches = live.loader_resume(loader, saved["order"], saved["position"], skip)
     if batches is None:
-        if isinstance(loader, list | tuple) or (hasattr(loader, "__getitem__") and hasattr(loader, "__len__")):
-            batches = (loader[at] for at in range(skip, len(loader)))
+        count = length(loader)
+        if count is not None and hasattr(loader, "__getitem__"):
+            batches = (loader[at] for at in range(skip, count))
         else:
             batches = iter(loader)
             for done in range(skip):
@@ -62,9 +63,9 @@ def resume(loader: Iterable[Any], saved: dict[str, Any], skip: int, *, where: st
     return batches, place
 
 
-def length(loader: Iterable[Any] | Sized) -> int | None:
+def length(loader: Any) -> int | None:
     """How many batches an epoch has, None if that cannot be told."""
     try:
-        return len(loader)  # type: ignore[arg-type]
+        return len(loader)
     except TypeError:
         return None

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import sys
-import time
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 from highcamp.core.names import check_name
-from highcamp.errors import HighcampError, InvalidArgument, Refused
+from highcamp.errors import HighcampError, InvalidArgument, StorageError
 from highcamp.policy.cadence import Every
 from highcamp.policy.monitor import Monitor
 from highcamp.policy.retention import Keep
 from highcamp.run import live
-from highcamp.run.attempt import OngoingAttempt, check_place
-from highcamp.run.run import Run
 from highcamp.storage.store import open_store
 from highcamp.training import batches as batching
 from highcamp.training import messages
-from highcamp.training.arguments import refuse_unknown, to_metrics
+from highcamp.training.arguments import check_kind, refuse_unknown, to_metrics
 from highcamp.training.best import BestSoFar
 from highcamp.training.progress import PROGRESS, Progress
 from highcamp.training.resume import newest_whole
-from highcamp.training.snapshot import Snapshot
-from highcamp.training.versions import versions
-from highcamp.training.writer import Pending, Writer
+from highcamp.training.saver import Saver
 
 if TYPE_CHECKING:
     import os
@@ -31,7 +26,11 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from highcamp.core.tree import Flat
+    from highcamp.run.attempt import OngoingAttempt
     from highcamp.run.checkpoint import Checkpoint
+    from highcamp.run.run import Run
+    from highcamp.storage.store import Store
+    from highcamp.training.writer import Pending
 
 T = TypeVar("T")
 
@@ -46,7 +45,7 @@ class Checkpointer:
 
     def __init__(
         self,
-        directory: str | os.PathLike[str],
+        directory: str | os.PathLike[str] | Store,
         *,
         monitor: Monitor | str | None = None,
         every: Every = Every(epochs=1),  # noqa: B008  (frozen)
@@ -64,44 +63,38 @@ class Checkpointer:
         """
         known = ("directory", "monitor", "every", "keep", "on_error", "verbose")
         refuse_unknown("Checkpointer", unknown, known)
-        for value, kind, name in ((every, Every, "every"), (keep, Keep, "keep")):
-            if not isinstance(value, kind):
-                raise InvalidArgument(
-                    f"{name} is {value!r}, not {kind.__name__}(…)",
-                    hint=f"for example {kind()!r}" if kind is Keep else "for example Every(epochs=1)",
-                )
+        check_kind("every", every, Every, "Every(epochs=1)")
+        check_kind("keep", keep, Keep, "Keep(best=1, last=2)")
         if on_error not in ("raise", "warn"):
             raise InvalidArgument(f"on_error is {on_error!r}", hint="use 'raise' or 'warn'")
-        self._store = open_store(directory)
-        check_place(self._store)
         self._monitor = Monitor.of(monitor)
-        self._every, self._keep, self._on_error = every, keep, on_error
         self.voice = messages.Voice(verbose)
-        self.run = Run(self._store)
+        self._saver = Saver(
+            open_store(directory), monitor=self._monitor, every=every, keep=keep, on_error=on_error, voice=self.voice
+        )
+        self._every = every
         self._tracked: dict[str, object] = {}
-        self._progress = Progress()
-        self._snapshot, self._writer = Snapshot(), Writer()
+        self.progress = Progress()
         self._best = BestSoFar(self._monitor) if self._monitor else None
-        self._attempt: OngoingAttempt | None = None
-        self._resumed_from: Checkpoint | None = None
-        self._is_closed = False
         self._is_finished = False
-        self._saved = (0, 0, 0)  # (epoch, batch, step) of the last save
-        self._saved_at = self._began_at = time.monotonic()
-        self._save_count, self._pause_seconds = 0, 0.0
         self._metrics: tuple[int, dict[str, float]] = (-1, {})  # those of one step, and that step
 
     # What is known
 
     @property
+    def run(self) -> Run:
+        """The run, as a reader sees it."""
+        return self._saver.run
+
+    @property
     def epoch(self) -> int:
         """Epochs done."""
-        return self._progress.epoch
+        return self.progress.epoch
 
     @property
     def step(self) -> int:
         """Optimizer steps done; without `batches`, an epoch counts as one."""
-        return self._progress.step
+        return self.progress.step
 
     @property
     def best(self) -> Checkpoint | None:
@@ -118,7 +111,7 @@ class Checkpointer:
         if self._best is None:
             raise InvalidArgument("epochs_since_best needs a monitored metric", hint='pass monitor="val_loss"')
         self.start()
-        done = self.epoch + (1 if self._progress.at_boundary else 0)
+        done = self.epoch + (1 if self.progress.at_boundary else 0)
         return max(0, done - (self._best.epoch or 0))
 
     # A loop of your own
@@ -130,7 +123,7 @@ class Checkpointer:
         `load_state_dict`, and dicts or lists of NumPy arrays. Each becomes one file. Global random states are always saved.
         Raises InvalidArgument for a name, InvalidState for an object that has no state.
         """
-        if self._attempt is not None:
+        if self._saver.is_open:
             raise InvalidArgument(
                 "track() came after the run was restored", hint="track everything before epochs() or restore()"
             )
@@ -168,7 +161,7 @@ class Checkpointer:
             try:
                 yield self.epoch
             except GeneratorExit:  # `break`: an epoch whose metrics are logged is a whole one
-                if self._progress.is_logged and not self._is_closed and not sys.is_finalizing():
+                if self.progress.is_logged and not self._saver.is_closed and not sys.is_finalizing():
                     self.end_epoch()
                     self.finish()
                     self._is_finished = False
@@ -183,7 +176,7 @@ class Checkpointer:
         the first batches are skipped: at once for torch's loaders and for sequences, by reading them for anything else.
         Call it inside `epochs`, for the training data only.
         """
-        if not self._progress.in_epoch:
+        if not self.progress.in_epoch:
             raise InvalidArgument(
                 "batches() was called outside epochs()",
                 hint="for epoch in checkpointer.epochs(n): for batch in checkpointer.batches(loader): …",
@@ -191,8 +184,8 @@ class Checkpointer:
         return self._batches(loader)
 
     def _batches(self, loader: Iterable[T]) -> Iterator[T]:
-        progress = self._progress
-        where = self._resumed_from.path if self._resumed_from else self.run.path
+        progress = self.progress
+        where = self._saver.resumed_from.path if self._saver.resumed_from else self.run.path
         iterator, progress.place = progress.iterate(loader, where)
         length = batching.length(loader)
         for batch in iterator:
@@ -217,16 +210,18 @@ class Checkpointer:
         may have been saved before. Raises InvalidMetric.
         """
         values = to_metrics({**(metrics or {}), **named})
-        attempt = self._writing()
-        self._raise_failed()
-        now = self._progress.boundary_step
+        attempt = self._attempt()
+        self._saver.raise_failed()
+        now = self.progress.boundary_step
         step = now if step is None else step
-        epoch = self._progress.boundary_epoch if epoch is None else epoch
-        attempt.log(step, epoch, values)
+        epoch = self.progress.boundary_epoch if epoch is None else epoch
+        try:
+            attempt.log(step, epoch, values)
+        except StorageError as error:  # the row is kept, and written with the next one
+            self._saver.tell(error)
         if step == now:
-            before = self._metrics[1] if self._metrics[0] == step else {}
-            self._metrics = (step, {**before, **values})
-            self._progress.is_logged = self._progress.at_boundary
+            self._metrics = (step, {**self._metrics_at(step), **values})
+            self.progress.is_logged = self.progress.at_boundary
 
     # The steps of a loop, for framework modules
 
@@ -235,32 +230,31 @@ class Checkpointer:
 
         Calling it again returns the same. Raises RunLocked, Mismatch, Refused, Damaged.
         """
-        if self._attempt is None:
-            self._open(lambda checkpoint: self._progress.restore(checkpoint, self._tracked), sorted(self._tracked))
+        if not self._saver.is_open:
+            self._open(self._tracked, lambda checkpoint: self.progress.restore(checkpoint, self._tracked))
             planned = None if epochs_planned is None else max(0, epochs_planned - self.epoch)
-            if self._resumed_from is not None and planned != 0:
-                found = self._resumed_from
-                self.voice.say(messages.resumed(found.name, found.epoch, found.batch, self._writing().number, planned))
+            if planned != 0:
+                self._say_resumed(planned)
         if epochs_planned is not None:
-            self._writing().note(epochs_planned=epochs_planned)
-        return self._resumed_from
+            self._attempt().note(epochs_planned=epochs_planned)
+        return self._saver.resumed_from
 
     def begin_epoch(self) -> None:
         """An epoch begins."""
-        self._raise_failed()
-        self._progress.begin_epoch()
+        self._saver.raise_failed()
+        self.progress.begin_epoch()
 
     def end_step(self, count: int = 1, *, is_last: bool = False) -> None:
         """`count` steps are done; saves if due, unless it is the last step of the epoch, whose end saves anyway."""
-        self._progress.step += count
-        if not is_last and self._is_due():
+        self.progress.step += count
+        if not is_last and self._saver.is_due(self.progress):
             self._save_tracked()
 
     def end_epoch(self) -> None:
         """An epoch is done and its metrics are logged; saves if due."""
-        metrics = self._metrics[1] if self._metrics[0] == self._progress.boundary_step else {}
-        self._progress.end_epoch(self.run.path)
-        is_due = self._is_due()
+        metrics = self._metrics_at(self.progress.boundary_step)
+        self.progress.end_epoch(self.run.path)
+        is_due = self._saver.is_due(self.progress)
         if self._best is not None:
             name = f"step-{self.step:08d}" if is_due else None
             line, is_warning = self._best.see(self.epoch, metrics, name)
@@ -271,9 +265,9 @@ class Checkpointer:
 
     def finish(self) -> None:
         """Training is done: saves the last state if it is not saved, and waits until it is durable."""
-        if self._saved != self._progress.key:
+        if not self._saver.is_saved(self.progress):
             self._save_tracked()
-        self._raise_failed(wait=True)
+        self._saver.raise_failed(wait=True)
         self._is_finished = True
 
     # State that is passed
@@ -294,16 +288,13 @@ class Checkpointer:
         Refused if the run has checkpoints that were not restored.
         """
         values = to_metrics(metrics or {})
-        attempt = self._writing()
-        self._progress.move(step, epoch)
+        self._attempt()
+        self.progress.move(step, epoch)
         if values:
             self.log(values)
         if state is None:
             return self._save_tracked()
-        began = time.monotonic()
-        flats = live.capture_state(state)
-        attempt.note(tracked=sorted(flats))
-        return self._save(flats, began)
+        return self._save(lambda: live.capture_state(state))
 
     def save_if_due(
         self, state: object = None, *, step: int, epoch: int | None = None, metrics: Mapping[str, Any] | None = None
@@ -318,9 +309,9 @@ class Checkpointer:
             raise InvalidArgument(
                 f"{self._every} cannot be told from steps", hint="pass epoch=, or every=Every(steps=…)"
             )
-        self._writing()
-        self._progress.move(step, epoch)
-        if self._is_due():
+        self._attempt()
+        self.progress.move(step, epoch)
+        if self._saver.is_due(self.progress):
             return self.save(state, metrics=metrics)
         if metrics:
             self.log(metrics)
@@ -335,7 +326,7 @@ class Checkpointer:
         tracked objects are overwritten and the Checkpoint is returned. Raises CheckpointNotFound, Mismatch listing every
         difference (nothing is changed), Damaged.
         """
-        self._raise_failed(wait=True)
+        self._saver.raise_failed(wait=True)
         if reference is not None:
             return self._restore_reference(reference, like)
         if like is None:
@@ -345,17 +336,15 @@ class Checkpointer:
                 )
             return self.start()
         restored: list[Any] = []
-        if self._attempt is None:
-            self._open(lambda checkpoint: restored.append(self._progress.restore_like(checkpoint, like)), None)
-            found = self._resumed_from
-            if found is not None:
-                self.voice.say(messages.resumed(found.name, found.epoch, found.batch, self._writing().number, None))
+
+        def load(checkpoint: Checkpoint) -> None:
+            restored.append(self.progress.restore_like(checkpoint, like))
+
+        if self._saver.is_open:
+            newest_whole(self._saver.attempt, self.voice, load)
         else:
-            newest_whole(
-                self._attempt,
-                self.voice,
-                lambda checkpoint: restored.append(self._progress.restore_like(checkpoint, like)),
-            )
+            self._open({}, load)
+            self._say_resumed(None)
         return restored[-1] if restored else None
 
     def _restore_reference(self, reference: str, like: object) -> Any:
@@ -374,22 +363,12 @@ class Checkpointer:
 
     def close(self) -> None:
         """Wait for the save under way, prune, and give the run back; raises a failed save's error. Twice is once."""
-        self._close("complete" if self._is_finished else "closed")
-
-    def _close(self, how: str) -> None:
-        if self._is_closed or self._attempt is None:
-            self._is_closed = True
-            return
-        self._is_closed = True
-        error = self._writer.drain()
-        try:
-            if error is None and self._save_count:
-                self._attempt.prune()
-        finally:
-            self._attempt.end("error" if error else how, self.step, self.epoch)
-        if error is not None:
-            raise error
-        self._summarize()
+        if self._saver.close("complete" if self._is_finished else "closed", self.progress) and self._saver.count:
+            best, metric = self.run.best, self._monitor.metric if self._monitor else ""
+            place = (f"epoch {best.epoch}" if best.epoch else f"step {best.step}") if best else ""
+            fact = (place, best.metrics[metric], metric, best.path) if best else None
+            share = self._saver.share_of_time()
+            self.voice.say(messages.summary(fact, self._saver.count, share, self.run.path))
 
     def __enter__(self) -> Self:
         """Use it in a `with` block, so that it is closed however the block ends."""
@@ -403,106 +382,38 @@ class Checkpointer:
             self.close()
             return
         try:
-            self._close("interrupted" if isinstance(error, KeyboardInterrupt) else "error")
+            self._saver.close("interrupted" if isinstance(error, KeyboardInterrupt) else "error", self.progress)
         except HighcampError as failed:
             self.voice.say(f"not saved: {failed}", level=0)
 
-    def _summarize(self) -> None:
-        if not self._save_count:
-            return
-        best, metric = self.run.best, self._monitor.metric if self._monitor else ""
-        fact = (metric, best.epoch, best.metrics[metric], best.path) if best else None
-        share = self._pause_seconds / max(time.monotonic() - self._began_at, 1e-9)
-        self.voice.say(messages.summary(fact, self._save_count, share, self.run.path))
-
     # Inside
 
-    def _open(self, load: Callable[[Checkpoint], object], tracked: list[str] | None) -> None:
-        """Take the run over; `load` restores from the newest checkpoint that it does not find damaged."""
-        if self._is_closed:
-            raise InvalidArgument("this Checkpointer is closed", hint="make a new one")
-        for name, obj in self._tracked.items():
-            live.capture(name, obj)  # what cannot be saved is said now, not at the end of the first epoch
-        attempt = OngoingAttempt(self._store, monitor=self._monitor, keep=self._keep, every=self._every)
-        try:
-
-            def load_checked(checkpoint: Checkpoint) -> None:
-                if tracked is not None:
-                    attempt.check_tracked(checkpoint, [*tracked, PROGRESS])
-                load(checkpoint)
-
-            self._resumed_from = newest_whole(attempt, self.voice, load_checked)
-            attempt.note(tracked=tracked)
-            attempt.start(self._resumed_from)
-        except BaseException:
-            attempt.release()
-            raise
-        self._attempt = attempt
-        self.run = attempt.run
+    def _open(self, tracked: dict[str, object], load: Callable[[Checkpoint], object]) -> None:
+        self._saver.open(self.progress, tracked, load)
         if self._best is not None:
             self._best.replay(self.run.history)
-        self._saved = self._progress.key
-        self._saved_at = time.monotonic()
 
-    def _writing(self) -> OngoingAttempt:
+    def _say_resumed(self, to_go: int | None) -> None:
+        found = self._saver.resumed_from
+        if found is not None:
+            self.voice.say(messages.resumed(found.name, found.epoch, found.batch, self._saver.attempt.number, to_go))
+
+    def _attempt(self) -> OngoingAttempt:
         """The attempt under way; one that was never restored may begin only in an empty run."""
-        if self._attempt is None:
-            last = self.run.last
-            if last is not None:
-                raise Refused(
-                    f"{self.run.path} has checkpoints up to {last.name}, which were not restored",
-                    path=self.run.path,
-                    hint="call restore() before saving or logging, or use another directory",
-                )
-            self._open(lambda _: None, None)
-        if self._attempt is None or self._is_closed:
-            raise InvalidArgument("this Checkpointer is closed", hint="make a new one")
-        return self._attempt
-
-    def _is_due(self) -> bool:
-        epoch, _, step = self._saved
-        seconds = time.monotonic() - self._saved_at
-        return self._every.is_due(epochs=self.epoch - epoch, steps=self.step - step, seconds=seconds)
+        if not self._saver.is_open:
+            self._saver.open_empty(self.progress)
+        return self._saver.attempt
 
     def _save_tracked(self) -> Pending:
         if not self._tracked:
             raise InvalidArgument(
                 "save() was given no state and nothing is tracked", hint="save(state, step=…), or track(model=…)"
             )
-        self._writing()
-        began = time.monotonic()
-        return self._save({name: live.capture(name, obj) for name, obj in self._tracked.items()}, began)
+        return self._save(lambda: {name: live.capture(name, obj) for name, obj in self._tracked.items()})
 
-    def _save(self, flats: dict[str, Flat], began: float) -> Pending:
-        self._raise_failed(wait=True)
-        attempt = self._writing()
-        parts = self._snapshot.take({**flats, PROGRESS: self._progress.capture()})
-        metrics = self._metrics[1] if self._metrics[0] == self.step else {}
-        manifest = attempt.manifest(
-            step=self.step, epoch=self.epoch, batch=self._progress.batch, metrics=metrics, versions=versions()
-        )
+    def _save(self, capture: Callable[[], dict[str, Flat]]) -> Pending:
+        self._attempt()
+        return self._saver.save(capture, self.progress, self._metrics_at(self.step))
 
-        def commit() -> Checkpoint:
-            checkpoint = attempt.commit(manifest, parts)
-            for name in attempt.prune():
-                self.voice.say(f"removed {name}", level=2)
-            return checkpoint
-
-        pending = self._writer.start(f"step-{self.step:08d}", commit)
-        self._saved, self._saved_at = self._progress.key, time.monotonic()
-        self._save_count += 1
-        self._pause_seconds += self._saved_at - began
-        self.voice.say(f"saving {pending.name}: pause {1e3 * (self._saved_at - began):.1f} ms", level=2)
-        return pending
-
-    def _raise_failed(self, *, wait: bool = False) -> None:
-        """Raise the error of a save that failed in the background; without `wait` only if it has ended."""
-        if not wait and self._writer.is_busy:
-            return
-        error = self._writer.drain()
-        if error is None:
-            return
-        if self._on_error == "warn" and isinstance(error, HighcampError):
-            self.voice.say(f"a save failed and training goes on without it: {error}", level=0)
-            return
-        raise error
+    def _metrics_at(self, step: int) -> dict[str, float]:
+        return self._metrics[1] if self._metrics[0] == step else {}

@@ -65,10 +65,16 @@ def metric_missing(epoch: int, metric: str, there: Iterable[str]) -> str:
 
 
 def resumed(name: str, epoch: int, batch: int, attempt: int, to_go: int | None) -> str:
-    """Where a run goes on."""
-    place = f"epoch {epoch}" + (f", batch {batch} of the next" if batch else "")
-    rest = f"; {to_go} epochs to go" if to_go is not None else ""
-    return f"Resumed from {name} ({place}, attempt {attempt}){rest}"
+    """Where a run goes on. to_go: epochs that are left, None where epochs are not counted."""
+    place = f"epoch {epoch}, " if epoch or batch else ""
+    place += f"batch {batch} of the next, " if batch else ""
+    rest = "" if to_go is None else f"; {counted(to_go, 'epoch')} to go"
+    return f"Resumed from {name} ({place}attempt {attempt}){rest}"
+
+
+def counted(count: int, noun: str) -> str:
+    """A number with its noun in the singular or the plural."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def fell_back(error: HighcampError, name: str | None) -> str:
@@ -82,7 +88,7 @@ def complete(done: int, planned: int) -> str:
     return f"Run is complete ({done} of {planned} epochs); nothing to train. epochs({done + 10}) would go on"
 
 
-def summary(best: tuple[str, int, float, str] | None, saves: int, share: float, path: str) -> str:
-    """The last line. best: metric, epoch, value, path of its checkpoint. share: of wall time spent saving."""
-    head = "" if best is None else f"Best: epoch {best[1]}, {best[0]} {best[2]:.5f} -> {best[3]} · "
-    return f"{head}{saves} saves, {100 * share:.1f} % of training time · highcamp ls {path}"
+def summary(best: tuple[str, float, str, str] | None, saves: int, share: float, path: str) -> str:
+    """The last line. best: where, value, metric, path of the best checkpoint. share: of wall time spent saving."""
+    head = "" if best is None else f"Best: {best[0]}, {best[2]} {best[1]:.5f} -> {best[3]} · "
+    return f"{head}{counted(saves, 'save')}, {100 * share:.1f} % of training time · highcamp ls {path}"

@@ -85,7 +85,17 @@ def test_read_only_bytes_give_a_read_only_array():
         np.array(3, dtype=">u2"),
         np.array([1 + 2j], dtype=">c8"),
     ],
-    ids=["transposed", "strided", "reversed", "fortran", "broadcast", "big", "big strided", "big scalar", "big complex"],
+    ids=[
+        "transposed",
+        "strided",
+        "reversed",
+        "fortran",
+        "broadcast",
+        "big",
+        "big strided",
+        "big scalar",
+        "big complex",
+    ],
 )
 def test_other_layouts_are_copied_to_little_endian_rows(array):
     """The file would hold the right numbers in the wrong order."""
@@ -148,7 +158,7 @@ def test_bytes_that_do_not_fit_are_refused():
         HostArray("U8", (2, 3), memoryview(bytes(6)).cast("B", (2, 3)))
     with pytest.raises(InvalidArgument, match=r"F4 of shape \(3,\) does not end at a byte"):
         HostArray("F4", (3,), memoryview(bytes(2)))
-    with pytest.raises(InvalidArgument, match="unknown dtype 'float32'.*F32"):
+    with pytest.raises(InvalidArgument, match=r"unknown dtype 'float32'.*F32"):
         HostArray("float32", (3,), memoryview(bytes(12)))
     with pytest.raises(InvalidArgument, match="unknown dtype 'C128'"):
         numpy_dtype("C128")

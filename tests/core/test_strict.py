@@ -16,6 +16,7 @@ MB = 1 << 20
 
 
 def read(data: bytes, **changes):
+    """Read as a state file."""
     return strict.read(data, **{"where": "state.json", "limit": 64 * MB, **changes})
 
 
@@ -182,17 +183,19 @@ MONSTERS = {
 def test_a_monster_is_refused_in_a_second_and_little_memory(name):
     """One small file would take the machine down."""
     data = MONSTERS[name](16 * MB)
-    tracemalloc.start()
-    began = time.process_time()
 
+    began = time.process_time()
     with pytest.raises(Damaged):
         read(data)
     took = time.process_time() - began
+    tracemalloc.start()  # in a second go, for tracing takes most of the time
+    with pytest.raises(Damaged):
+        read(data)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
 
-    assert took < 3  # of which most is the memory tracing; 0.2 s without
-    assert peak < 200 * MB
+    assert took < 2  # 0.6 s at most on an idle machine
+    assert peak < 300 * MB
 
 
 def test_written_json_is_compact_and_in_order():
@@ -208,7 +211,7 @@ def test_a_float_is_written_as_a_float(value):
 
 @pytest.mark.parametrize(
     "value",
-    [math.nan, [math.inf], {"a": -math.inf}, b"bytes", {1, 2}, object(), "\ud800", {"\udfff": 1}, {(1, 2): 3}],
+    [math.nan, [math.inf], {"a": -math.inf}, b"bytes", {1, 2}, object, "\ud800", {"\udfff": 1}, {(1, 2): 3}],
     ids=repr,
 )
 def test_what_cannot_be_read_is_not_written(value):

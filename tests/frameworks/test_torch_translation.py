@@ -287,15 +287,19 @@ def test_wrappers_leave_no_mark_on_names():
     bare = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2)))
     expected = list(bare.state_dict())
     inner = copy.deepcopy(bare)
-    inner[1] = torch.compile(inner[1])
+    inner[1] = torch.compile(inner[1], backend="eager")
 
-    for wrapped in (torch.compile(bare), nn.DataParallel(bare), torch.compile(nn.DataParallel(inner))):
+    for wrapped in (
+        torch.compile(bare, backend="eager"),
+        nn.DataParallel(bare),
+        torch.compile(nn.DataParallel(inner), backend="eager"),
+    ):
         state = translation.capture(wrapped)
 
         assert list(state) == expected
         assert translation.check(wrapped, stored(state)) == []
 
-    target = torch.compile(nn.DataParallel(inner))
+    target = torch.compile(nn.DataParallel(inner), backend="eager")
     with torch.no_grad():
         bare[0].weight.add_(1)
     translation.restore(target, stored(translation.capture(bare)))
@@ -326,7 +330,7 @@ def test_an_averaged_model_keeps_its_own_names_and_count():
 
 
 def test_dtype_is_compared():
-    """load_state_dict casts without a word; a bf16 model would go on from rounded fp32 weights or the other way round."""
+    """The cast of load_state_dict is silent: a bf16 model would go on from rounded fp32 weights."""
     live = nn.Linear(3, 2)
     before = stored(translation.capture(live))
     state = stored(translation.capture(nn.Linear(3, 2, dtype=torch.bfloat16)))
@@ -431,6 +435,8 @@ def test_fp32_state_of_bf16_parameters_is_not_rounded():
             "momentum_buffer": torch.randn(parameter.shape),
             "master": {"weight": parameter.detach().float() + 1e-5, "history": [torch.randn(2)]},
             "step": torch.tensor(7.0, dtype=torch.float64),
+            "kind": "fp32",  # load_state_dict would take it for a sequence
+            "pair": (torch.randn(2), 3),
         }
     state = stored(translation.capture(optimizer))
 
@@ -455,7 +461,7 @@ def test_a_tensor_learning_rate_stays_the_same_tensor():
 
 
 def test_an_optimizer_that_does_not_fit_says_why_and_is_not_touched():
-    """torch compares group sizes alone: the moments of another layer would be used for this one."""
+    """Torch compares group sizes alone: the moments of another layer would be used for this one."""
     other = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 2))
     saved = torch.optim.SGD(other.parameters(), lr=0.5, momentum=0.9)
     for parameter in other.parameters():
@@ -474,6 +480,17 @@ def test_an_optimizer_that_does_not_fit_says_why_and_is_not_touched():
     with pytest.raises(Mismatch, match="does not fit this Adam"):
         translation.restore(adam, state)
     assert same(adam.state_dict(), before)
+
+
+def test_the_state_of_another_kind_of_object_is_told_apart():
+    """Two names exchanged in `restore(…)` must not end as a KeyError, or worse, load."""
+    state = translation.capture(nn.Linear(2, 2))
+    _, optimizer, _ = make_training(OPTIMIZERS["SGD"])
+
+    for live in (optimizer, seeded(), shared()):
+        assert any("only here" in line for line in translation.check(live, state))
+        with pytest.raises(Mismatch):
+            translation.restore(live, state)
 
 
 def test_a_state_from_before_the_scheduler_was_attached_fits():
@@ -620,21 +637,21 @@ class Counted(Dataset):
         return torch.tensor(index + (torch.rand(()).item() if self.augment else 0.0), dtype=torch.float64)
 
 
-def generator():
+def seeded():
     """Return a generator of its own."""
     return torch.Generator().manual_seed(11)
 
 
 def shared(**settings):
     """Return a loader whose sampler draws from the loader's generator."""
-    return DataLoader(Counted(), batch_size=3, shuffle=True, generator=generator(), **settings)
+    return DataLoader(Counted(), batch_size=3, shuffle=True, generator=seeded(), **settings)
 
 
 class Pairs:
     """A batch sampler of a user: draws from the global generator at the first batch, and holds a generator."""
 
     def __init__(self):
-        self.generator = generator()
+        self.generator = seeded()
 
     def __len__(self):
         return 10
@@ -645,13 +662,24 @@ class Pairs:
             yield [start, int(torch.randint(20, (), generator=self.generator))]
 
 
+def sharing():
+    """Return a loader whose generator is drawn from while batches are made, too."""
+    one = seeded()
+
+    def jitter(items):
+        return torch.stack(items) + torch.rand((), generator=one, dtype=torch.float64)
+
+    return DataLoader(Counted(), batch_size=3, shuffle=True, generator=one, collate_fn=jitter)
+
+
 LOADERS = {
+    "one generator for order and data": sharing,
     "sequential": lambda **s: DataLoader(Counted(), batch_size=3, **s),
     "shuffled by the global generator": lambda **s: DataLoader(Counted(), batch_size=3, shuffle=True, **s),
     "shuffled by its own generator": shared,
     "augmented": lambda **s: DataLoader(Counted(augment=True), batch_size=3, shuffle=True, drop_last=True, **s),
     "replacement, drawn in portions": lambda **s: DataLoader(
-        Counted(), batch_size=3, sampler=RandomSampler(range(20), replacement=True, num_samples=75, generator=generator()), **s
+        Counted(), sampler=RandomSampler(range(20), replacement=True, num_samples=75, generator=seeded()), **s
     ),
     "weighted": lambda **s: DataLoader(Counted(), batch_size=3, sampler=WeightedRandomSampler([1.0] * 20, 20), **s),
     "subset": lambda **s: DataLoader(Counted(), batch_size=3, sampler=SubsetRandomSampler(range(15)), **s),
@@ -659,31 +687,32 @@ LOADERS = {
         Counted(), batch_size=2, sampler=DistributedSampler(Counted(), num_replicas=2, rank=1), **s
     ),
     "no batches": lambda **s: DataLoader(Counted(), batch_size=None, sampler=SubsetRandomSampler(range(9)), **s),
-    "batch sampler": lambda **s: DataLoader(Counted(), batch_sampler=BatchSampler(RandomSampler(Counted()), 3, drop_last=False), **s),
+    "batch sampler": lambda **s: DataLoader(
+        Counted(), batch_sampler=BatchSampler(RandomSampler(Counted()), 3, drop_last=False), **s
+    ),
     "a user's batch sampler": lambda **s: DataLoader(Counted(), batch_sampler=Pairs(), **s),
-    "stateful": lambda **s: StatefulDataLoader(Counted(), batch_size=3, shuffle=True, generator=generator(), **s),
+    "stateful": lambda **s: StatefulDataLoader(Counted(), batch_size=3, shuffle=True, generator=seeded(), **s),
 }  # fmt: skip
 
 
-def epoch_of(loader, number, log, save_after=None, resume=None):
-    """Train one epoch: every batch draws from the global generator. Return what a save after `save_after` batches holds."""
+def epoch_of(loader, number, log, save_after=None, resume=None, *, stop=False):
+    """Train one epoch, drawing from the global generator; return what a save after `save_after` batches holds."""
     if isinstance(loader.sampler, DistributedSampler):
         loader.sampler.set_epoch(number)
-    saved, skip = None, 0
+    saved, count = None, 0
     if resume is None:
         order, before = translation.order_state(loader), translation.random_state()
         batches = iter(loader)
     else:
-        order, before, skip = resume["order"], resume["before"], resume["skip"]
+        order, before, count = resume["order"], resume["before"], resume["skip"]
         translation.set_random_state(before)
-        batches = translation.resume_iter(loader, order, skip, resume["at_save"])
+        batches = translation.resume_iter(loader, order, count, resume["at_save"])
         translation.set_random_state(resume["now"])
-    count = skip
     while True:
         if count == save_after:
             state = {"order": order, "before": before, "at_save": translation.capture(loader)}
             saved = stored(state | {"now": translation.random_state(), "skip": count})
-        batch = next(batches, None)
+        batch = None if saved and stop else next(batches, None)
         if batch is None:
             return saved
         count += 1
@@ -691,16 +720,17 @@ def epoch_of(loader, number, log, save_after=None, resume=None):
 
 
 def interrupted(make, epoch, save_after, epochs=3):
-    """Return the logs of an uninterrupted run and of one resumed in another process, from the save on."""
+    """Return the log of an uninterrupted run and of one stopped twice: after `save_after` batches and one more."""
     torch.manual_seed(5)
     whole, loader, saved = [], make(), None
     for number in range(epochs):
-        found = epoch_of(loader, number, whole, save_after if number == epoch else None)
-        saved = found or saved
+        saved = epoch_of(loader, number, whole, save_after if number == epoch else None) or saved
     del loader
+    rest = []
     torch.manual_seed(77)
-    torch.rand(9)
-    rest, resumed = [], make()
+    saved = epoch_of(make(), epoch, rest, save_after + 1, resume=saved, stop=True)
+    torch.manual_seed(78)
+    resumed = make()
     epoch_of(resumed, epoch, rest, resume=saved)
     for number in range(epoch + 1, epochs):
         epoch_of(resumed, number, rest)
@@ -788,11 +818,16 @@ def test_fast_skip_keeps_settings_and_class():
     assert [batch.tolist() for batch in loader] == expected
     assert [batch.tolist() for batch in translation.resume_iter(loader, None, 4)] == []
 
+    kept = Doubling(range(7), batch_size=2, num_workers=1, persistent_workers=True)
+    expected = [batch.tolist() for batch in kept]
+    assert [batch.tolist() for batch in translation.resume_iter(kept, None, 2)] == expected[2:]
+    assert [batch.tolist() for batch in kept] == expected
+
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_loader_that_became_shorter_is_an_error(workers):
     """Going on silently would train the next epoch as if this one were done."""
-    with pytest.raises(Mismatch, match="5 batches .* ends after 4"):
+    with pytest.raises(Mismatch, match=r"5 batches .* ends after 4"):
         next(translation.resume_iter(DataLoader(range(8), batch_size=2, num_workers=workers), None, 5))
 
 
@@ -800,7 +835,7 @@ def test_a_generator_without_a_state_is_an_error():
     """The order would be another one, with no sign of it."""
     order = translation.order_state(LOADERS["a user's batch sampler"]())
 
-    with pytest.raises(Mismatch, match="generators/loader.generator: only here"):
+    with pytest.raises(Mismatch, match=r"generators/loader\.generator: only here"):
         translation.resume_iter(shared(), order, 1)
     assert "generators/sampler.generator: only here" in translation.check(shared(), order)
 
@@ -836,13 +871,13 @@ def test_an_iterable_dataset_is_read_again_and_says_so():
         rest = list(translation.resume_iter(DataLoader(Stream(), batch_size=4), None, 3))
 
     assert [batch.tolist() for batch in rest] == [[12, 13, 14, 15], [16, 17, 18, 19]]
-    with pytest.warns(UserWarning), pytest.raises(Mismatch, match="ends after 5"):
+    with pytest.warns(UserWarning, match="read again"), pytest.raises(Mismatch, match="ends after 5"):
         translation.resume_iter(DataLoader(Stream(), batch_size=4), None, 6)
 
 
 STATEFUL = {
     "shuffled": lambda workers: StatefulDataLoader(
-        Counted(), batch_size=3, shuffle=True, generator=generator(), num_workers=workers
+        Counted(), batch_size=3, shuffle=True, generator=seeded(), num_workers=workers
     ),
     "no generator": lambda workers: StatefulDataLoader(Counted(), batch_size=3, shuffle=True, num_workers=workers),
     "stream": lambda workers: StatefulDataLoader(StatefulStream(), batch_size=3, num_workers=workers),
@@ -852,7 +887,7 @@ STATEFUL = {
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("name", STATEFUL)
 def test_loader_state_is_whole(name, workers):
-    """States taken at an epoch's end, right after a resume or midway: a fresh loader must go on with the same batches."""
+    """A state taken midway or right after a resume: a fresh loader must go on with the same batches."""
 
     def make():
         return STATEFUL[name](workers)
@@ -863,9 +898,11 @@ def test_loader_state_is_whole(name, workers):
         assert found == expected
 
 
-@pytest.mark.parametrize("name", STATEFUL)
-def test_loader_state_is_whole_between_epochs(name):
-    """torchdata's own finished state draws a second time when it is loaded: the next shuffle would be another one."""
+@pytest.mark.parametrize(
+    ("name", "plain"), [("shuffled", True), ("no generator", True), *((n, False) for n in STATEFUL)]
+)
+def test_loader_state_is_whole_between_epochs(name, plain):
+    """Torchdata's own finished state draws a second time when it is loaded: the next shuffle would be another one."""
     torch.manual_seed(5)
     loader, expected, found = STATEFUL[name](0), [], []
     epoch_of(loader, 0, [])
@@ -878,7 +915,7 @@ def test_loader_state_is_whole_between_epochs(name):
     translation.restore(resumed, saved["loader"])
     assert same(stored(translation.capture(resumed)), saved["loader"])  # a save right after a resume
     translation.set_random_state(saved["random"])
-    batches = translation.resume_iter(resumed, None, 0, saved["loader"])
+    batches = iter(resumed) if plain else translation.resume_iter(resumed, saved["loader"], 0)
     found += [(1, batch.tolist(), torch.rand(()).item()) for batch in batches]
     epoch_of(resumed, 2, found)
 
@@ -900,8 +937,27 @@ def test_a_tracked_stateful_loader_goes_on_without_our_iterator():
     assert [batch.tolist() for batch in resumed] == expected
 
 
+def test_a_stateful_loader_does_not_skip_twice():
+    """Restored in place first, and resumed by index then, it would leave out what was never trained on."""
+    loader = STATEFUL["shuffled"](0)
+    order = translation.order_state(loader)
+    batches = iter(loader)
+    next(batches)
+    state = stored(translation.capture(loader))
+    expected = [batch.tolist() for batch in batches]
+
+    resumed = STATEFUL["shuffled"](0)
+    translation.restore(resumed, state)
+
+    assert [batch.tolist() for batch in translation.resume_iter(resumed, order, 1)] == expected
+    assert len(list(resumed)) == len(expected) + 1
+    translation.restore(resumed, state)
+    translation.restore(resumed, {"generators": order["generators"], "workers_running": False, "loader": None})
+    assert len(list(resumed)) == len(expected) + 1
+
+
 def test_a_stateful_loader_tells_what_it_cannot_take():
-    """torchdata's own answer is an AssertionError in the middle of the first epoch."""
+    """Torchdata's own answer is an AssertionError in the middle of the first epoch."""
     loader = STATEFUL["stream"](2)
     next(iter(loader))
     state = stored(translation.capture(loader))

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import math
 
-import numpy
+import numpy as np
 import pytest
 
 from highcamp.errors import InvalidArgument
@@ -10,7 +10,7 @@ from highcamp.policy.cadence import Every
 
 
 @pytest.mark.parametrize("name", ["epochs", "steps"])
-@pytest.mark.parametrize("count", [0, -1, True, False, 1.0, "1", math.nan, numpy.float64(2)])
+@pytest.mark.parametrize("count", [0, -1, True, False, 1.0, "1", math.nan, np.float64(2)])
 def test_cadence_values_checked(name, count):
     """Elsewhere 0 and True are accepted and save at every batch."""
     with pytest.raises(InvalidArgument, match=f"{name} is not a positive integer") as caught:
@@ -76,7 +76,7 @@ def test_it_reads_as_words(every, words):
 
 def test_numbers_from_numpy_become_plain():
     """They end in run.json, which is JSON."""
-    every = Every(steps=numpy.int64(5), seconds=numpy.float32(0.5))
+    every = Every(steps=np.int64(5), seconds=np.float32(0.5))
 
     assert every == Every(steps=5, seconds=0.5)
     assert [type(every.steps), type(every.seconds)] == [int, float]

@@ -3,7 +3,7 @@ from __future__ import annotations
 import itertools
 import math
 
-import numpy
+import numpy as np
 import pytest
 
 from highcamp.errors import InvalidArgument
@@ -22,6 +22,7 @@ def candidates(*values, metric="val_loss"):
 
 
 def names(ranked):
+    """What the ranked ones are called, best first."""
     return [each.name for each in ranked]
 
 
@@ -95,7 +96,7 @@ def test_small_steps_do_add_up():
 @pytest.mark.parametrize("mode", ["min", "max"])
 def test_rank_is_best_of_the_rest_again_and_again(mode, min_delta):
     """`best~1` is what `best` would be if the best had never been saved."""
-    random = numpy.random.default_rng(7)
+    random = np.random.default_rng(7)
     for _ in range(50):
         rest = candidates(*(random.integers(0, 12, 9) / 16))
         monitor = Monitor("val_loss", mode, min_delta)
@@ -133,14 +134,14 @@ def test_values_at_the_limits_of_floats_are_compared():
     assert monitor.value({"val_loss": 3}) == 3.0
 
 
-LESS = """loss val_loss eval_loss train_loss test_loss val/loss valid_loss validation_loss train_loss_epoch dice_loss logloss
-error val_error word_error_rate mean_absolute_error root_mean_squared_error perplexity eval_perplexity val_ppl wer eval_wer
-cer mae val_mae mse rmse val_rmse mape sparse_categorical_crossentropy out1_loss output_1_loss accuracy_loss"""
-MORE = """accuracy val_accuracy acc val_acc sparse_categorical_accuracy top_5_accuracy val_top_1_accuracy out1_accuracy balanced_acc
-auc val_auc auc_1 val_auc_2 AUC roc_auc f1 eval_f1 f1_score f1_macro macro_f1 precision recall recall@5 r2 r2_score bleu bleu_score
-sacrebleu_bleu map mAP val_mAP map_50 iou mean_iou mean_iou_3 val/acc"""
-ASKED = """reward score val_score learning_rate lr my_metric improvement top_1 hinge neg_mean_squared_error negative_loss 1-accuracy
-loss_scale accuracy_drop val_ val 5 brier_score"""
+LESS = """loss val_loss eval_loss train_loss test_loss val/loss valid_loss validation_loss train_loss_epoch dice_loss
+logloss error val_error word_error_rate mean_absolute_error root_mean_squared_error perplexity eval_perplexity val_ppl wer
+eval_wer cer mae val_mae mse rmse val_rmse mape sparse_categorical_crossentropy out1_loss output_1_loss accuracy_loss"""
+MORE = """accuracy val_accuracy acc val_acc val/acc sparse_categorical_accuracy top_5_accuracy val_top_1_accuracy out1_accuracy
+balanced_acc auc val_auc auc_1 val_auc_2 AUC roc_auc f1 eval_f1 f1_score f1_macro macro_f1 precision recall recall@5 r2
+r2_score bleu bleu_score sacrebleu_bleu map mAP val_mAP map_50 iou mean_iou mean_iou_3"""
+ASKED = """reward score val_score learning_rate lr my_metric improvement top_1 hinge neg_mean_squared_error negative_loss
+1-accuracy loss_scale accuracy_drop val_ val 5 brier_score"""
 
 
 @pytest.mark.parametrize(
@@ -189,7 +190,7 @@ def test_a_min_delta_that_cannot_work_is_refused(min_delta):
 
 def test_min_delta_takes_the_numbers_people_have():
     """What comes from NumPy is written to run.json as a plain float."""
-    monitor = Monitor("val_loss", min_delta=numpy.float32(0.5))
+    monitor = Monitor("val_loss", min_delta=np.float32(0.5))
 
     assert type(monitor.min_delta) is float
     assert monitor.min_delta == 0.5

@@ -4,7 +4,7 @@ import json
 import random
 from pathlib import Path
 
-import numpy
+import numpy as np
 import pytest
 
 from highcamp.errors import InvalidArgument
@@ -46,17 +46,25 @@ def test_the_plan_of(case):
 
 def test_what_is_protected_never_goes():
     """Whatever the policy and the order of the list: best, last, resumed from, pinned, damaged and the only whole stay."""
-    chance = random.Random(11)
+    chance = random.Random(11)  # noqa: S311  (cases, not secrets)
     for _ in range(400):
         made = [
-            Candidate(f"c{place}", chance.randrange(6), place, chance.randrange(4), {"val_loss": chance.choice([0.5, 0.25, numpy.nan])})
+            Candidate(
+                f"c{place}",
+                chance.randrange(6),
+                place,
+                chance.randrange(4),
+                {"val_loss": chance.choice([0.5, 0.25, np.nan])},
+            )
             for place in range(chance.randrange(9))
         ]
         listed = [each.name for each in made]
         pins = {pin: chance.choice([*listed, "gone"]) for pin in ("a", "b") if chance.random() < 0.3}
         damaged = {name for name in listed if chance.random() < 0.3}
         resumed_from = chance.choice([*listed, None])
-        keep = Keep(best=chance.randrange(3), last=chance.randrange(3), every_steps=chance.choice([None, 2, 3]), every_epochs=1)
+        keep = Keep(
+            best=chance.randrange(3), last=chance.randrange(3), every_steps=chance.choice([None, 2, 3]), every_epochs=1
+        )
         monitor = chance.choice([None, Monitor("val_loss"), Monitor("val_loss", "max", 0.1)])
         chance.shuffle(made)
 
@@ -93,7 +101,7 @@ def test_a_policy_that_removes_everything_is_an_error(policy):
 
 
 @pytest.mark.parametrize("name", ["best", "last", "every_steps", "every_epochs"])
-@pytest.mark.parametrize("count", [-1, True, False, 1.0, "2", numpy.float32(1)])
+@pytest.mark.parametrize("count", [-1, True, False, 1.0, "2", np.float32(1)])
 def test_keep_values_checked(name, count):
     """A wrong number is said before training, not when the wrong checkpoints are gone."""
     with pytest.raises(InvalidArgument, match=f"{name} is not an integer of at least"):
@@ -112,7 +120,7 @@ def test_zero_is_for_quotas_only():
 
 def test_keep_becomes_plain_numbers():
     """It is recorded in run.json."""
-    keep = Keep(best=numpy.int64(3), every_steps=numpy.int32(5))
+    keep = Keep(best=np.int64(3), every_steps=np.int32(5))
 
     assert [type(keep.best), type(keep.every_steps)] == [int, int]
 

@@ -1,3 +1,6 @@
+# What the three methods do is said by StoreContract.
+# ruff: noqa: D102
+
 from __future__ import annotations
 
 from pathlib import Path

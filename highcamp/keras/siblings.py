@@ -1,0 +1,128 @@
+"""The other callbacks of a `fit`: which they are, in which order, and what they remember."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import keras
+
+from highcamp.errors import InvalidArgument
+from highcamp.keras.state import callback_state, has_callback_state, set_callback_state
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+_MAX_FRAMES = 8  # fit -> CallbackList -> set_model -> ours is four; decorators and wrappers add a few
+
+
+class Siblings:
+    """The callbacks whose state is kept, under names that the same script gives again: "EarlyStopping", "EarlyStopping~2"."""
+
+    def __init__(self, given: Iterable[Any] = ()) -> None:
+        """given: callbacks to keep besides those that can be seen. Raises InvalidArgument for one without state."""
+        self._given = tuple(given)
+        for callback in self._given:
+            if not has_callback_state(callback):
+                raise InvalidArgument(
+                    f"CheckpointCallback: {type(callback).__name__} has no state that could be saved",
+                    hint="give it state_dict() and load_state_dict(state), or leave it out of callbacks=",
+                )
+        self._owner: Any = None
+        self._callbacks: list[Any] = list(self._given)
+        self._restored: dict[str, Any] = {}
+
+    def look(self, owner: Any) -> None:
+        """Find the list that `owner` is in, from within its `set_model`."""
+        self._owner = owner
+        seen = _enclosing_list(owner) or []
+        others = [callback for callback in seen if callback is not owner and has_callback_state(callback)]
+        self._callbacks = others + [callback for callback in self._given if not any(callback is one for one in others)]
+        self._seen = seen
+
+    def state_dict(self) -> dict[str, Any]:
+        """What every sibling remembers now."""
+        return {name: callback_state(callback) for name, callback in self._named().items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Keep what was saved; `apply` puts it in place. Callbacks that have come or gone since are said by name."""
+        named = self._named()
+        gone = sorted(set(state) - set(named))
+        if gone:
+            warnings.warn(
+                f"the checkpoint holds the state of {', '.join(gone)}, which is not among the callbacks now",
+                stacklevel=2,
+            )
+        self._restored = {name: tree for name, tree in state.items() if name in named}
+
+    def apply(self) -> None:
+        """Set what was restored; after the callbacks' own `on_train_begin`, which resets them."""
+        for name, callback in self._named().items():
+            if name in self._restored:
+                set_callback_state(callback, self._restored[name])
+
+    def apply_late(self) -> None:
+        """Set again those that come after us in the list: their `on_train_begin` ran after ours."""
+        named = self._named()
+        late = self._late()
+        for name, callback in named.items():
+            if name in self._restored and (any(callback is one for one in late) or not self._seen):
+                # Known by hand only: SwapEMAWeights has begun its epoch already, and does not reset.
+                if not self._seen and isinstance(callback, keras.callbacks.SwapEMAWeights):
+                    continue
+                set_callback_state(callback, self._restored[name])
+
+    def warn_of_order(self) -> None:
+        """Say which callbacks change their state, or the model's, after ours has saved it."""
+        changing = (keras.callbacks.LearningRateScheduler,)
+        late = [each for each in self._late() if has_callback_state(each) or isinstance(each, changing)]
+        if late:
+            names = ", ".join(type(callback).__name__ for callback in late)
+            warnings.warn(
+                f"CheckpointCallback comes before {names} in callbacks=[…], so what that does at the end of an epoch is "
+                "not in the checkpoint of that epoch; put CheckpointCallback last",
+                stacklevel=2,
+            )
+
+    def early_stopping(self) -> Any | None:
+        """The EarlyStopping that has ended training, if one has."""
+        for callback in self._callbacks:
+            if isinstance(callback, keras.callbacks.EarlyStopping) and callback.stopped_epoch > 0:
+                return callback
+        return None
+
+    def _named(self) -> dict[str, Any]:
+        named: dict[str, Any] = {}
+        for callback in self._callbacks:
+            kind = name = type(callback).__name__
+            count = 1
+            while name in named:
+                count += 1
+                name = f"{kind}~{count}"
+            named[name] = callback
+        return named
+
+    def _late(self) -> list[Any]:
+        places = [place for place, callback in enumerate(self._seen) if callback is self._owner]
+        return self._seen[places[0] + 1 :] if places else []
+
+    _seen: list[Any] = []  # noqa: RUF012  (replaced, never changed)
+
+
+def _enclosing_list(callback: Any) -> list[Any] | None:
+    """The callbacks of the CallbackList that is calling us, None if nobody of that kind is.
+
+    Keras gives a callback no way to its list. `set_model` is called by the list's own method, whose `self` it is; only
+    looked at, never changed.
+    """
+    frame = sys._getframe(1)  # noqa: SLF001  (there is no other door)
+    for _ in range(_MAX_FRAMES):
+        back = frame.f_back
+        if back is None:
+            return None
+        frame = back
+        found = frame.f_locals.get("self")
+        if isinstance(found, keras.callbacks.CallbackList) and any(one is callback for one in found.callbacks):
+            return list(found.callbacks)
+    return None

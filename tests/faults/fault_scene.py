@@ -1,0 +1,215 @@
+"""What the fault tests share: a small run whose bytes follow from its steps, work on it, and a look at what is left.
+
+A plain module and no fixture, because the processes that are killed import it too. NumPy only: no framework.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from highcamp.core.tree import flatten
+from highcamp.errors import CheckpointNotFound, Refused, StorageError
+from highcamp.policy.cadence import Every
+from highcamp.policy.monitor import Monitor
+from highcamp.policy.retention import Keep
+from highcamp.run import live
+from highcamp.run.attempt import OngoingAttempt
+from highcamp.run.run import Run
+from highcamp.training.snapshot import Snapshot
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from highcamp.run.checkpoint import Checkpoint
+    from highcamp.storage.store import Store
+
+MONITOR = Monitor("val_loss")
+KEEP = Keep(best=1, last=1)
+STORAGE_ERRORS = (StorageError,)
+LOSSES = {1: 0.5, 2: 0.2, 3: 0.4, 4: 0.1, 5: 0.3, 6: 0.25, 7: 0.22}
+"""Step -> val_loss; steps 1 and 2 are saved before the fault, the others under it. The best changes at step 4."""
+
+
+def state(step: int) -> dict[str, Any]:
+    """The training state at a step: two arrays and a plain number, all of which tell the step."""
+    rng = np.random.default_rng(step)
+    return {"kernel": rng.standard_normal((7, 5), dtype=np.float32), "bias": np.full(5, step, np.int64), "count": step}
+
+
+def parts(step: int) -> list[Any]:
+    """The same as it is handed to a commit: two objects, one of which has no tensors."""
+    flats = {
+        "model": flatten(state(step), live.as_array, where="model"),
+        "schedule": flatten({"rate": 1 / step}, live.as_array, where="schedule"),
+    }
+    return Snapshot().take(flats)
+
+
+def begin(store: Store, keep: Keep = KEEP) -> OngoingAttempt:
+    """Begin the next attempt of the run in `store`, going on from its last checkpoint."""
+    attempt = OngoingAttempt(store, monitor=MONITOR, keep=keep, every=Every(epochs=1))
+    try:
+        attempt.note(tracked=["model", "schedule"])
+        attempt.start(attempt.run.last)
+    except BaseException:
+        attempt.release()
+        raise
+    return attempt
+
+
+def save(attempt: OngoingAttempt, step: int, loss: float | None = None) -> Checkpoint:
+    """Log and commit one step."""
+    loss = LOSSES[step] if loss is None else loss
+    attempt.log(step, step, {"val_loss": loss})
+    manifest = attempt.manifest(step=step, epoch=step, batch=0, metrics={"val_loss": loss}, versions={})
+    return attempt.commit(manifest, parts(step))
+
+
+class Diary:
+    """What was acknowledged, and what was begun that may have happened: it decides what has to be there afterwards."""
+
+    def __init__(self, write: Callable[[str], object] | None = None) -> None:
+        """write: also called with each line, for a diary that outlives its process."""
+        self.lines: list[str] = []
+        self._write = write
+
+    def note(self, line: str) -> None:
+        """Add a line such as "saved step-00000003 3 0.4"."""
+        self.lines.append(line)
+        if self._write is not None:
+            self._write(line)
+
+    @property
+    def saved(self) -> dict[str, tuple[int, float]]:
+        """Checkpoints that were acknowledged: name -> (step, val_loss)."""
+        rows = (line.split() for line in self.lines if line.startswith("saved "))
+        return {name: (int(step), float(loss)) for _, name, step, loss in rows}
+
+    @property
+    def pins(self) -> dict[str, str]:
+        """Pins that were acknowledged, and that nobody has begun to take away."""
+        found: dict[str, str] = {}
+        for line in self.lines:
+            word, *rest = line.split()
+            if word == "pinned":
+                found[rest[0]] = rest[1]
+            elif word == "unpinning":
+                found.pop(rest[0], None)
+        return found
+
+
+def prepare(store: Store, diary: Diary) -> None:
+    """Two checkpoints and a pin, before anything fails."""
+    attempt = begin(store)
+    for step in (1, 2):
+        diary.note(f"saved {save(attempt, step).name} {step} {LOSSES[step]}")
+    attempt.run.pin("step:1", "paper")
+    diary.note("pinned paper step-00000001")
+    attempt.end("complete", 2, 2)
+
+
+def work(store: Store, diary: Diary, errors: tuple[type[BaseException], ...] = STORAGE_ERRORS) -> None:
+    """An attempt that saves, prunes, pins, removes and brings back; what fails is gone over, as with on_error="warn"."""
+    try:
+        attempt = begin(store)
+    except errors:
+        return
+    run = attempt.run
+    gone = (*errors, CheckpointNotFound, Refused)  # after a failure the pin may be on another one, or none
+    try:
+        for step in (3, 4, 5):
+            with contextlib.suppress(*errors):
+                diary.note(f"saved {save(attempt, step).name} {step} {LOSSES[step]}")
+                attempt.prune()
+        with contextlib.suppress(*errors):
+            diary.note(f"pinned candidate {run.pin('last', 'candidate').name}")
+        with contextlib.suppress(*errors):
+            diary.note(f"saved {save(attempt, 6).name} 6 {LOSSES[6]}")
+            attempt.prune()
+        diary.note("unpinning candidate")
+        with contextlib.suppress(*gone):
+            name = run.unpin("candidate")
+            run.remove(name)
+            run.undelete(name)
+            run.remove(name)
+        with contextlib.suppress(*errors):
+            run.prune(Keep(best=1, last=2))
+            run.empty_trash()
+        with contextlib.suppress(*errors):
+            diary.note(f"saved {save(attempt, 7).name} 7 {LOSSES[7]}")
+            attempt.prune()
+            attempt.end("complete", 7, 7)
+    finally:
+        attempt.release()
+
+
+def look(store: Store, diary: Diary, *, hides_drafts: bool = True) -> Run:
+    """Open the run as a new process would, and assert that everything acknowledged is there and all that is there is whole.
+
+    hides_drafts: whether the store shows nothing of an unfinished save; object stores show files without a manifest.
+    """
+    run = Run(store)
+    listed = {entry.name: entry for entry in run.checkpoints}
+    for entry in listed.values():
+        found = entry.verify()
+        assert found.ok, f"{entry.name} is listed and {found.state}: {found.findings}"
+        tree = entry.state("model")
+        assert tree.keys() == state(entry.step).keys()
+        assert all(np.array_equal(tree[key], value) for key, value in state(entry.step).items()), entry.name
+        assert entry.state("schedule") == {"rate": 1 / entry.step}
+        assert entry.metrics == {"val_loss": LOSSES.get(entry.step, 0.05)}
+    if hides_drafts:
+        assert run.unreadable == []
+    _look_at_acknowledged(run, listed, diary)
+    return run
+
+
+def _look_at_acknowledged(run: Run, listed: dict[str, Checkpoint], diary: Diary) -> None:
+    saved, pins = diary.saved, diary.pins
+    assert {pin: run.pins.get(pin) for pin in pins} == pins, "an acknowledged pin is gone"
+    if not saved:
+        return
+    best = min(saved, key=lambda name: (saved[name][1], saved[name][0]))
+    last = max(saved, key=lambda name: saved[name])
+    assert best in listed, f"the best, {best}, is gone; there are {sorted(listed)}"
+    assert last in listed, f"the last, {last}, is gone; there are {sorted(listed)}"
+    assert run.best is not None
+    assert run.last is not None
+    assert run.best.metrics["val_loss"] <= saved[best][1], "a worse one is the best now"
+    assert run.last.step >= saved[last][0]
+    assert set(pins.values()) <= set(listed), "a pinned checkpoint is gone"
+    if run.resumed_from is not None:
+        assert run.resumed_from in listed, "the checkpoint resumed from is gone"
+    if len(saved) == 1:
+        assert set(saved) <= set(listed)
+
+
+def leftovers(store: Store) -> list[str]:
+    """Whatever looks like a save or a removal that was never finished."""
+    found = [(above, name) for above in ("", "checkpoints", "history") for name in store.list(above)]
+    return [
+        f"{above}/{name}"
+        for above, name in found
+        if name.startswith(".pending-") or name.endswith("-doomed") or (name == "owner.json" and not above)
+    ]
+
+
+def start_again(store: Store, diary: Diary, *, hides_drafts: bool = True) -> None:
+    """The next process: it takes the run over, sweeps, saves, prunes and ends; assert that all of it works."""
+    attempt = begin(store)
+    try:
+        assert [path for path in leftovers(store) if path != "/owner.json"] == [], "not swept"
+        entry = save(attempt, 8, 0.05)
+        diary.note(f"saved {entry.name} 8 0.05")
+        look(store, diary, hides_drafts=hides_drafts)
+        attempt.prune()
+        attempt.end("complete", 8, 8)
+    finally:
+        attempt.release()
+    run = look(store, diary, hides_drafts=hides_drafts)
+    assert (run.best, run.last) == (entry, entry)
+    assert leftovers(store) == []
+    assert len({row.number for row in run.history.attempts}) == len(run.history.attempts)
