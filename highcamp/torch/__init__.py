@@ -3,29 +3,48 @@
 Nothing is decided and nothing is stored here. A *tree* is nested dicts, lists and plain values with tensors as leaves;
 in a tree given to `check` or `restore` the leaves are tensors made by `from_host`.
 
-Mid-epoch resume: see `resume_iter` for the order of the calls.
+Loaders are in `loaders`.
 """
 
 from __future__ import annotations
 
-import copy
-import itertools
-import warnings
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
 from highcamp.core.array import HostArray
 from highcamp.errors import InvalidState, Mismatch
+from highcamp.torch.loaders import (
+    Tree,
+    loader_differences,
+    loader_state,
+    one_sided,
+    order_state,
+    restore_loader,
+    resume_iter,
+)
+
+__all__ = [
+    "capture",
+    "check",
+    "export",
+    "from_host",
+    "order_state",
+    "random_state",
+    "restore",
+    "resume_iter",
+    "set_random_state",
+    "template",
+    "to_host",
+]
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterable, Iterator, Mapping
-
-Tree: TypeAlias = dict[str, Any]
+    from collections.abc import Hashable, Iterable, Mapping
+    from pathlib import Path
 
 _DTYPES: dict[torch.dtype, str] = {
     getattr(torch, name): spelling
@@ -49,10 +68,6 @@ _NEEDED: dict[type, set[str]] = {
     DataLoader: {"generators", "workers_running"},
     torch.Generator: {"state"},
 }
-_READ_AGAIN = (
-    "an IterableDataset has no indices: {} batches are read again and dropped to resume; "
-    "a torchdata StatefulDataLoader over a dataset with state_dict() resumes at once"
-)
 _SET_BY_SCHEDULERS = {"base_momentum", "initial_lr", "max_lr", "max_momentum", "min_lr", "param_names", "swa_lr"}
 
 
@@ -135,7 +150,7 @@ def capture(obj: object) -> Tree | None:
         names = _names(obj)
         return {_plain(name, names): value for name, value in obj.state_dict().items()}
     if isinstance(obj, DataLoader):
-        return _loader_state(obj)
+        return loader_state(obj)
     if isinstance(obj, torch.Generator):
         return {"state": obj.get_state()}
     is_ours = any(cls.__module__.partition(".")[0] in ("torch", "torchdata") for cls in type(obj).__mro__)
@@ -158,13 +173,13 @@ def check(obj: object, tree: Mapping[str, Any]) -> list[str]:
     """Return one line per difference that `template` cannot tell; [] when `tree` fits. Changes nothing."""
     needed = next((keys for kind, keys in _NEEDED.items() if isinstance(obj, kind)), set())
     if needed - tree.keys():
-        return _one_sided(needed - tree.keys(), ())  # the state of another kind of object
+        return one_sided(needed - tree.keys(), ())  # the state of another kind of object
     if isinstance(obj, torch.optim.Optimizer):
         return _optimizer_differences(obj, tree)
     if isinstance(obj, LRScheduler):
         return _scheduler_differences(obj.state_dict(), tree, "")
     if isinstance(obj, DataLoader):
-        return _loader_differences(obj, tree)
+        return loader_differences(obj, tree)
     if isinstance(obj, torch.amp.GradScaler) and obj.is_enabled() != bool(tree):
         word = "enabled" if obj.is_enabled() else "disabled"
         return [f"the scaler is {word} here, it was not when it was saved"]
@@ -187,7 +202,7 @@ def restore(obj: object, tree: Mapping[str, Any]) -> None:
     elif isinstance(obj, torch.optim.Optimizer):
         _restore_optimizer(obj, tree)
     elif isinstance(obj, DataLoader):
-        _restore_loader(obj, tree)
+        restore_loader(obj, tree)
     elif isinstance(obj, torch.Generator):
         obj.set_state(tree["state"])
     else:
@@ -216,7 +231,7 @@ def _plain(name: str, wrappers: Iterable[tuple[str, str]]) -> str:
 def _module_differences(module: torch.nn.Module, tree: Mapping[str, Any]) -> list[str]:
     # load_state_dict itself casts in silence, and reports a missing name only after it has copied the others
     live = capture(module) or {}
-    lines = _one_sided(live.keys() - tree.keys(), tree.keys() - live.keys())
+    lines = one_sided(live.keys() - tree.keys(), tree.keys() - live.keys())
     for name in live.keys() & tree.keys():
         here, saved = live[name], tree[name]
         are_tensors = isinstance(here, torch.Tensor) and isinstance(saved, torch.Tensor)
@@ -240,7 +255,7 @@ def _optimizer_differences(optimizer: torch.optim.Optimizer, tree: Mapping[str, 
             lines.append(f"{where}: {len(saved['params'])} parameters in the checkpoint, {len(group['params'])} here")
         # what a newer torch added has a default, and a scheduler may have been attached since
         lost = group.keys() - saved.keys() - _SET_BY_SCHEDULERS - optimizer.defaults.keys()
-        lines += _one_sided(lost, saved.keys() - group.keys() - _SET_BY_SCHEDULERS, f"{where}/")
+        lines += one_sided(lost, saved.keys() - group.keys() - _SET_BY_SCHEDULERS, f"{where}/")
         parameters |= dict(zip(saved["params"], group["params"], strict=False))
     for key in parameters.keys() & tree["state"].keys():
         state, shape = tree["state"][key], tuple(parameters[key].shape)
@@ -277,15 +292,10 @@ def _uncast(loaded: Any, saved: Any) -> Any:
     return saved
 
 
-def _one_sided(here: Iterable[str], saved: Iterable[str], where: str = "") -> list[str]:
-    lines = [f"{where}{name}: only here" for name in here]
-    return sorted(lines + [f"{where}{name}: only in the checkpoint" for name in saved])
-
-
 def _scheduler_differences(live: Mapping[str, Any], saved: Mapping[str, Any], where: str) -> list[str]:
     # names with an underscore come and go between versions of torch; the others tell one scheduler from another
     here, there = ({key for key in state if not key.startswith("_")} for state in (live, saved))
-    lines = _one_sided(here - there, there - here, where)
+    lines = one_sided(here - there, there - here, where)
     inner, saved_inner = live.get("_schedulers", []), saved.get("_schedulers", [])
     if len(inner) != len(saved_inner):
         return [*lines, f"{where}_schedulers: {len(saved_inner)} in the checkpoint, {len(inner)} here"]
@@ -318,207 +328,6 @@ def set_random_state(tree: Mapping[str, Any]) -> None:
         torch.mps.set_rng_state(tree["mps"])
 
 
-def order_state(loader: DataLoader[Any]) -> Tree | None:
-    """Return what decides the order of the next epoch; to be called before `iter(loader)`, which draws from it.
-
-    {"generators": {where: state}, "workers_running": bool} with the generators of the loader and of its samplers;
-    None if torch's global generator decides alone.
-    """
-    tree: Tree = {
-        "generators": {name: generator.get_state() for name, generator in _generators(loader).items()},
-        "workers_running": loader.persistent_workers
-        and loader.num_workers > 0
-        and vars(loader)["_iterator"] is not None,
-    }
-    return tree if tree["generators"] or tree["workers_running"] else None
-
-
-def resume_iter(
-    loader: DataLoader[Any], order: Mapping[str, Any] | None, skip: int, at_save: Mapping[str, Any] | None = None
-) -> Iterator[Any]:
-    """Return an iterator over what is left of an epoch after its first `skip` batches.
-
-    While training, in this order, once per epoch: `order = order_state(loader)`, `before = random_state()`,
-    `iter(loader)`. At a save, after `skip` consumed batches: `at_save = capture(loader)`, `now = random_state()`.
-    To resume: `set_random_state(before)`, `resume_iter(loader, order, skip, at_save)`, `set_random_state(now)`.
-    The remaining batches, and every later epoch of `loader` itself, are then those of the uninterrupted run: bit for
-    bit with num_workers=0, in order with workers (the random numbers that workers draw themselves, as for augmentation,
-    begin anew in the epoch resumed midway).
-
-    Skipped batches are not read: their indices are drawn and dropped. `set_epoch` of a DistributedSampler stays the
-    caller's. An IterableDataset has no indices: its batches are read and dropped, with a warning. A StatefulDataLoader
-    goes on from its own state in `at_save`, and without one is treated like any loader. After a save between epochs,
-    `restore(loader, at_save)` and `iter(loader)` do; `resume_iter(loader, at_save, 0)` is the same, and exact also for
-    a StatefulDataLoader whose dataset has a state, which otherwise draws one seed more. Python's and NumPy's
-    generators are the caller's to set, in the same places as torch's.
-    Raises Mismatch if the loader ends before `skip` batches or a generator has no state.
-    """
-    state = order if at_save is None else at_save
-    if state is not None and state.get("loader") is not None:
-        return _resume_stateful(loader, state)
-    _set_generators(loader, order)
-    if isinstance(loader.dataset, IterableDataset):
-        iterator: Iterator[Any] = iter(loader)
-        if skip:
-            warnings.warn(_READ_AGAIN.format(skip), stacklevel=2)
-        _drop(iterator, skip)
-    else:
-        iterator = _iter_after(loader, skip, workers_running=bool(order and order["workers_running"]))
-    _set_generators(loader, at_save)
-    return iterator
-
-
-class _Remaining:
-    """A batch sampler whose first pass begins after `skip` batches; every later pass is whole."""
-
-    def __init__(self, whole: Iterable[Any], skip: int) -> None:
-        self.whole, self.skip = whole, skip
-        self.indices: Iterator[Any] | None = None
-
-    def __len__(self) -> int:
-        return len(self.whole)  # type: ignore[arg-type]  # asked only of loaders that have a length
-
-    def __iter__(self) -> Iterator[Any]:
-        # some samplers draw here; with workers a loader asks twice, and drops the first pass
-        self.indices = iter(self.whole)
-        return self._after_skip(self.indices)
-
-    def _after_skip(self, indices: Iterator[Any]) -> Iterator[Any]:
-        self.advance()
-        yield from indices
-
-    def advance(self) -> None:
-        """Draw and drop the batches to skip, if that has not been done."""
-        skip, self.skip = self.skip, 0
-        _drop(self.indices or iter(()), skip)
-
-
-class _RunningWorkers:
-    """Stands in for persistent workers that were running: `iter(loader)` starts new ones without drawing a seed."""
-
-    def _reset(self, loader: DataLoader[Any]) -> None:
-        generator, loader.generator = loader.generator, _other_generator()
-        try:
-            vars(loader)["_iterator"] = loader._get_iterator()  # noqa: SLF001  # as iter(loader) does
-        finally:
-            loader.generator = generator
-
-
-def _other_generator() -> torch.Generator:
-    """Return a generator to draw from where the saved process did not draw."""
-    generator = torch.Generator()
-    generator.set_state(torch.get_rng_state())
-    return generator
-
-
-def _iter_after(loader: DataLoader[Any], skip: int, *, workers_running: bool) -> Iterator[Any]:
-    # a shallow copy keeps the class and every setting; its samplers are the loader's own, so their generators move on
-    if "next_iter_state" in vars(loader):  # a StatefulDataLoader's own state would skip once more
-        vars(loader)["next_iter_state"] = None
-    rest = copy.copy(loader)
-    settings = vars(rest)  # __setattr__ refuses these names once a loader is made
-    settings["_iterator"] = None
-    name = "sampler" if loader.batch_sampler is None else "batch_sampler"
-    remaining = settings[name] = _Remaining(getattr(loader, name), skip)
-    if workers_running:  # persistent workers were seeded in an earlier epoch, this one drew no seed
-        rest.generator = _other_generator()
-    iterator: Iterator[Any] = iter(rest)
-    if remaining.indices is not None:
-        remaining.advance()  # without workers nothing has been drawn yet, and the caller sets the random state next
-    elif skip:  # a class of the user's whose __iter__ is a generator; only reading a batch makes it draw
-        iterator = itertools.chain(list(itertools.islice(iterator, 1)), iterator)
-    if loader.persistent_workers:
-        vars(loader)["_iterator"] = settings["_iterator"]  # later epochs go on with these workers
-    return iterator
-
-
-def _resume_stateful(loader: Any, state: Mapping[str, Any]) -> Iterator[Any]:
-    before = torch.get_rng_state()
-    loader.load_state_dict(dict(state["loader"]))
-    iterator: Iterator[Any] = iter(loader)
-    _set_generators(loader, state)
-    if state["loader"].get("_iterator_finished"):
-        # iter() has made two iterators, one to load into and one to return: the draws of training are those of one
-        torch.set_rng_state(before)
-        iterator = iter(loader)
-    return iterator
-
-
-def _drop(iterator: Iterator[Any], skip: int) -> None:
-    found = sum(1 for _ in itertools.islice(iterator, skip))
-    if found < skip:
-        message = f"{skip} batches of the epoch had been trained on, the loader ends after {found}"
-        raise Mismatch(message, hint="resume with the dataset, sampler and batch size of the save")
-
-
-def _generators(loader: DataLoader[Any]) -> dict[str, torch.Generator]:
-    """Return the generators of a loader and its samplers by where they hang; a shared one is there twice."""
-    holders: dict[str, object] = {"loader": loader, "sampler": loader.sampler, "batch_sampler": loader.batch_sampler}
-    for depth in range(4):  # samplers around samplers, each holding the inner one under this name
-        where = "batch_sampler" + ".sampler" * depth
-        holders[f"{where}.sampler"] = getattr(holders[where], "sampler", None)
-    found = {}
-    for where, holder in holders.items():
-        for name, value in getattr(holder, "__dict__", {}).items():
-            if isinstance(value, torch.Generator):
-                found[f"{where}.{name}"] = value
-    return found
-
-
-def _set_generators(loader: DataLoader[Any], tree: Mapping[str, Any] | None) -> None:
-    if tree is not None:
-        if differences := _generator_differences(loader, tree):
-            raise Mismatch(f"the loader's order does not fit: {'; '.join(differences)}")
-        for name, generator in _generators(loader).items():
-            generator.set_state(tree["generators"][name])
-
-
-def _loader_state(loader: DataLoader[Any]) -> Tree:
-    tree = order_state(loader) or {"generators": {}, "workers_running": False}
-    if not _is_stateful_loader(loader):
-        return tree
-    iterator = vars(loader)["_iterator"]
-    if iterator is None:  # asking for its state would start an iterator, and draw
-        tree["loader"] = getattr(loader, "next_iter_state", None)
-    elif isinstance(iterator, _RunningWorkers) or (iterator._finished and not _has_own_state(loader)):  # noqa: SLF001
-        tree["loader"] = None  # between epochs the generators say it all; loading a finished state would draw twice
-    else:
-        tree["loader"] = loader.state_dict()  # type: ignore[attr-defined]
-    return tree
-
-
-def _restore_loader(loader: DataLoader[Any], tree: Mapping[str, Any]) -> None:
-    if tree.get("loader") is not None:
-        loader.load_state_dict(tree["loader"])  # type: ignore[attr-defined]
-    elif not tree["workers_running"]:
-        vars(loader).update(_iterator=None, **({"next_iter_state": None} if _is_stateful_loader(loader) else {}))
-    elif vars(loader)["_iterator"] is None:
-        vars(loader)["_iterator"] = _RunningWorkers()
-    _set_generators(loader, tree)
-
-
-def _loader_differences(loader: DataLoader[Any], tree: Mapping[str, Any]) -> list[str]:
-    lines = _generator_differences(loader, tree)
-    own = tree.get("loader")
-    if own is None:
-        return lines
-    if not _is_stateful_loader(loader):
-        return [*lines, "loader: the state of a StatefulDataLoader, here is a plain DataLoader"]
-    workers = own["_snapshot"]["_main_snapshot"]["_num_workers"] if "_snapshot" in own else 0
-    if workers != loader.num_workers:
-        lines.append(f"loader: num_workers {workers} in the checkpoint, {loader.num_workers} here")
-    return lines
-
-
-def _generator_differences(loader: DataLoader[Any], tree: Mapping[str, Any]) -> list[str]:
-    live, saved = _generators(loader).keys(), tree["generators"].keys()
-    return _one_sided(live - saved, saved - live, "generators/")
-
-
-def _is_stateful_loader(loader: DataLoader[Any]) -> bool:
-    return any(cls.__module__.startswith("torchdata.stateful_dataloader") for cls in type(loader).__mro__)
-
-
-def _has_own_state(loader: DataLoader[Any]) -> bool:
-    parts = (loader.dataset, loader.sampler, loader.batch_sampler)
-    return isinstance(loader.dataset, IterableDataset) or any(hasattr(part, "state_dict") for part in parts)
+def export(arrays: Mapping[str, HostArray], path: Path) -> None:
+    """Write arrays as a `.pt` file that `torch.load(path, weights_only=True)` reads as a state_dict."""
+    torch.save({name: from_host(array, None) for name, array in arrays.items()}, path)
