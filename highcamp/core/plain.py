@@ -78,8 +78,6 @@ def encode_key(value: object, path: str, depth: int = 0) -> Json:
         raise refusal(path, f"is nested deeper than {MAX_DEPTH} levels")
     if isinstance(value, tuple):
         return {"$tuple": [encode_key(element, path, depth + 1) for element in value]}
-    if isinstance(value, (set, Counter)):
-        raise refusal(path, f"is a {type(value).__name__} inside a key or a set")
     return encode(value, path, depth)
 
 

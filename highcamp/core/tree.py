@@ -252,19 +252,19 @@ def _open(skeleton: object, path: str, depth: int) -> _Node:
         return _PLAIN
     if not any(str(key)[:1] == "$" for key in skeleton):
         return _Node("dict", children=tuple(skeleton.items()))
-    match tag_of(skeleton, path):
+    tag, content = tag_of(skeleton, path)
+    match tag, content:
         case "$tensor", str() as name:
             return _Node("tensor", name)
-        case "$tuple", list() as content:
+        case "$tuple", list():
             return _Node("tuple", children=tuple(enumerate(content)))
         case "$namedtuple", [str(), dict() as fields]:
             return _Node("namedtuple", children=tuple(fields.items()))
-        case "$items", list() as content:
+        case "$items", list():
             return _Node("dict", children=tuple(decode_items(content, path).items()))
         case (("$int" | "$float" | "$complex" | "$bytes" | "$scalar" | "$set" | "$frozenset" | "$counter"), _):
             return _PLAIN
-        case tag, content:
-            raise malformed(path, f"{tag[:40]} cannot hold {strict_text(content)}")
+    raise malformed(path, f"{tag[:40]} cannot hold {strict_text(content)}")
 
 
 def _tensors(skeleton: object, path: str, depth: int) -> Iterable[tuple[str, str]]:
@@ -299,7 +299,7 @@ def _compare(like: object, skeleton: object, path: str, depth: int, comparison: 
         return
     saved = _aligned(like, node) if found in _CONTAINERS and node.kind in _CONTAINERS else None
     if saved is None:
-        if found != "plain" or node.kind != "plain":
+        if found != node.kind:
             comparison.lines.append(f"{shown}: a {_WORDS[node.kind]} in the checkpoint, a {_WORDS[found]} here")
         return
     live = _children(like)

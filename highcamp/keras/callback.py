@@ -8,7 +8,6 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 import keras
-import numpy as np
 from keras.src.utils import io_utils
 from keras.src.utils.rng_utils import get_random_seed
 
@@ -17,6 +16,7 @@ from highcamp.errors import InvalidArgument, InvalidState
 from highcamp.keras import state
 from highcamp.keras.dataset import EpochDataset
 from highcamp.keras.midway import Midway
+from highcamp.keras.numbers import as_number
 from highcamp.keras.siblings import Siblings
 from highcamp.policy.cadence import Every
 from highcamp.policy.monitor import Mode, Monitor
@@ -110,7 +110,7 @@ class CheckpointCallback(keras.callbacks.Callback):
 
     @property
     def run(self) -> Run:
-        """The run as a reader sees it: `run.best`, `run.history`, …"""
+        """The run as a reader sees it, with `run.best`, `run.history` and the rest."""
         return self._checkpointer.run
 
     @property
@@ -267,9 +267,9 @@ class CheckpointCallback(keras.callbacks.Callback):
         objects = {"model": model}
         for attribute, value in [("optimizer", model.optimizer), *sorted(vars(model).items())]:
             name = attribute.lstrip("_")
-            if isinstance(value, keras.optimizers.Optimizer) and is_file_name(name):
-                if not any(value is known for known in objects.values()):
-                    objects[name] = value
+            is_optimizer = isinstance(value, keras.optimizers.Optimizer) and is_file_name(name)
+            if is_optimizer and not any(value is known for known in objects.values()):
+                objects[name] = value
         return objects
 
     def _fill_history(self, model: Any, done: int) -> None:
@@ -313,16 +313,11 @@ class CheckpointCallback(keras.callbacks.Callback):
         """What of Keras's logs is a number; of the others only the monitored one is an error, the rest is named once."""
         found: dict[str, Any] = {}
         for name, value in logs.items():
-            number = value
-            if not isinstance(value, int | float | str):
-                try:
-                    array = np.asarray(keras.ops.convert_to_numpy(value))
-                    number = array.item() if array.ndim == 0 else value
-                except (TypeError, ValueError, RuntimeError):
-                    number = value
-            is_number = isinstance(number, int | float)
-            if is_number or (self._monitor is not None and name == self._monitor.metric):
+            number = as_number(value)
+            if number is not None:
                 found[name] = number
+            elif self._monitor is not None and name == self._monitor.metric:
+                found[name] = value  # refused by the Checkpointer, in words
             elif name not in self._unrecorded:
                 self._unrecorded.add(name)
                 warnings.warn(f"{name} is a {type(value).__name__}, not a number: it is not recorded", stacklevel=2)

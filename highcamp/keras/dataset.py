@@ -55,7 +55,7 @@ class EpochDataset(keras.utils.PyDataset):
         self.shuffle = bool(shuffle)
         self.transform = transform
         self._arrays = _as_arrays(x, y, sample_weight)
-        self.size = _common_length(self._arrays)
+        self.size = _length_of_all(self._arrays)
         self._threads = _count("workers", workers)
         self._lock = threading.Lock()
         self._pool: ThreadPoolExecutor | None = None
@@ -67,7 +67,7 @@ class EpochDataset(keras.utils.PyDataset):
 
     def __len__(self) -> int:
         """Batches per epoch; the last one may be smaller."""
-        return -(-self.size // self.batch_size)
+        return (self.size + self.batch_size - 1) // self.batch_size
 
     @property
     def epoch(self) -> int:
@@ -140,11 +140,8 @@ class EpochDataset(keras.utils.PyDataset):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Compare with the data of the run. Raises Mismatch listing every difference: the order would be another one."""
         here = self.state_dict()
-        lines = [
-            f"\n  {name}: {state.get(name)} in the checkpoint, {here[name]} here"
-            for name in here
-            if state.get(name) != here[name]
-        ]
+        differing = [name for name, value in here.items() if state.get(name) != value]
+        lines = [f"\n  {name}: {state.get(name)} in the checkpoint, {here[name]} here" for name in differing]
         if lines:
             raise Mismatch(
                 "the data are not those of the run:" + "".join(lines),
@@ -205,7 +202,7 @@ def _as_arrays(x: Any, y: Any, sample_weight: Any) -> Batch:
     return arrays
 
 
-def _common_length(arrays: Batch) -> int:
+def _length_of_all(arrays: Batch) -> int:
     lengths = [len(array) if array.ndim else None for array in keras.tree.flatten(arrays)]
     if None in lengths or len(set(lengths)) != 1:
         shown = ", ".join("a single value" if length is None else str(length) for length in lengths)

@@ -11,11 +11,12 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 import keras
-import numpy as np
 from keras.src.utils import io_utils
 
 from highcamp.errors import Damaged, InvalidArgument, InvalidMetric, StorageError
-from highcamp.keras.record import SUFFIXES, Record, read_record, sweep, write_file
+from highcamp.keras.numbers import as_number
+from highcamp.keras.record import SUFFIXES, Record, check_room, read_record, sweep, write_file
+from highcamp.keras.state import dtype_of
 from highcamp.policy.monitor import Monitor
 from highcamp.training.messages import two_numbers
 
@@ -84,7 +85,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
                 f"ModelCheckpoint: initial_value_threshold is {initial_value_threshold}, not a finite number"
             )
         self._fields = _checked_fields(self.filepath, by_batch=save_freq != "epoch")
-        self._threshold = initial_value_threshold
+        self._threshold: Any = initial_value_threshold
         self._best_path: str | None = None
         self._was_missing = False
         self._told_fields = False
@@ -135,6 +136,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
         if self.save_best_only:
             record = Record(self.monitor, str(self._direction), value, epoch + 1, _relative_template(self.filepath))
         model = self.model
+        check_room(target, _needed_bytes(model))
         write_file(os.path.realpath(target), model.save_weights if self.save_weights_only else model.save, record)
         if value is not None:
             self.best, self._best_path = (
@@ -227,7 +229,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
 
     def _recall(self) -> None:
         """Take the best from the files that are there; the threshold counts as well."""
-        self.best: float | None = self._threshold
+        self.best = self._threshold
         self._best_path = None
         for path, record in self._files():
             if record is None:
@@ -355,6 +357,12 @@ def _compiled_metrics(model: Any) -> list[Any]:
     return found
 
 
+def _needed_bytes(model: Any) -> int:
+    """What the weights and the optimizer take at least; files are never smaller."""
+    variables = [*model.variables, *(model.optimizer.variables if model.optimizer is not None else ())]
+    return sum(math.prod(variable.shape) * dtype_of(variable).itemsize for variable in variables)
+
+
 def _metrics_are_built(model: Any) -> bool:
     compiled = getattr(model, "_compile_metrics", None)
     return compiled is None or bool(compiled.built)
@@ -362,17 +370,12 @@ def _metrics_are_built(model: Any) -> bool:
 
 def _to_float(name: str, value: Any) -> float:
     """A metric as a float. Raises InvalidMetric for arrays and text."""
-    if isinstance(value, str | bytes) or isinstance(value, bool):
-        array = None
-    else:
-        try:
-            array = np.asarray(keras.ops.convert_to_numpy(value))
-        except (TypeError, ValueError, RuntimeError):
-            array = None
-    if array is None or array.ndim or array.dtype.kind not in "fiuV":
-        shape = "" if array is None or not array.ndim else f" of shape {tuple(array.shape)}"
+    number = as_number(value)
+    if number is None:
+        shape = getattr(value, "shape", ())
+        of_shape = f" of shape {tuple(shape)}" if len(shape) else ""
         raise InvalidMetric(
-            f"ModelCheckpoint: {name} is a {type(value).__name__}{shape}, not a number",
+            f"ModelCheckpoint: {name} is a {type(value).__name__}{of_shape}, not a number",
             hint="monitor a metric that is one number per epoch",
         )
-    return float(array)
+    return number

@@ -14,6 +14,7 @@ import hashlib
 import os
 import re
 import secrets
+import shutil
 import socket
 import time
 import zipfile
@@ -83,6 +84,21 @@ def write_file(target: str, write: Callable[[str], None], record: Record | None)
             hint="the file that was there before is untouched",
             errno=number if isinstance(number, int) else None,
         ) from error
+
+
+def check_room(target: str, needed: int) -> None:
+    """Raise StorageError if the disk has less than `needed` bytes free: HDF5 brings a process down that it cannot write in."""
+    place = os.path.abspath(os.path.dirname(target) or ".")  # noqa: PTH100, PTH120
+    while not os.path.isdir(place):  # noqa: PTH112
+        place = os.path.dirname(place)  # noqa: PTH120
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise StorageError(
+            f"{target} could not be written: it needs {needed} bytes, {free} are free",
+            path=target,
+            hint="free some space; the file that was there before is untouched",
+            errno=errno.ENOSPC,
+        )
 
 
 def read_record(path: str) -> Record | None:

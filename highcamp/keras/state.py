@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 import sys
 import weakref
 from collections import deque
@@ -20,18 +19,16 @@ import keras
 import numpy as np
 from keras.src.backend.common import global_state
 from keras.src.random import seed_generator as seeds
-from keras.src.utils.naming import to_snake_case
 from keras.src.utils.rng_utils import GLOBAL_RANDOM_SEED
 
 from highcamp.core.array import HostArray
 from highcamp.core.tree import differences
 from highcamp.errors import InvalidState, Mismatch
+from highcamp.keras.labels import ARCHITECTURE, differ_by_counters, layer_labels, optimizer_labels
+from highcamp.keras.numbers import as_number
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
-
-ARCHITECTURE = "architecture"
-"""Where a model's tree holds the model as Keras serializes it (plain JSON), or None if Keras cannot."""
+    from collections.abc import Mapping
 
 # What of a callback changes from epoch to epoch. Keras resets it in every `on_train_begin` and offers no way to save it.
 _CALLBACK_ATTRIBUTES: dict[type, tuple[str, ...]] = {
@@ -40,9 +37,6 @@ _CALLBACK_ATTRIBUTES: dict[type, tuple[str, ...]] = {
     keras.callbacks.ModelCheckpoint: ("best", "_batches_seen_since_last_saving", "_last_batch_seen"),
     keras.callbacks.SwapEMAWeights: ("_ema_weights_in_model",),
 }
-
-# Keras numbers the names it makes itself across the whole process: the second model's "dense" is "dense_1".
-_COUNTER = re.compile(r"_\d+(?=[_/]|$)")
 
 _architectures: weakref.WeakKeyDictionary[Any, tuple[int, Any]] = weakref.WeakKeyDictionary()
 
@@ -80,7 +74,7 @@ def capture(obj: object) -> object | None:
     if isinstance(obj, keras.random.SeedGenerator):
         return {"state": obj.state}
     if isinstance(obj, keras.Layer | keras.metrics.Metric):
-        return dict(zip(_labels(obj, obj.variables), obj.variables, strict=True))
+        return dict(zip(layer_labels(obj, obj.variables), obj.variables, strict=True))
     return None
 
 
@@ -177,7 +171,7 @@ def model_state(model: Any) -> dict[str, Any]:
             hint="start it with keras.Input(shape), or call model.build(input_shape) before training",
         )
     return {
-        **dict(zip(_labels(model, model.variables), model.variables, strict=True)),
+        **dict(zip(layer_labels(model, model.variables), model.variables, strict=True)),
         ARCHITECTURE: architecture(model),
     }
 
@@ -215,71 +209,7 @@ def _is_plain(value: Any) -> bool:
     return True
 
 
-def _labels(owner: Any, variables: Sequence[Any]) -> list[str]:
-    """Readable, unique names of variables: their paths without the model's own name, in the order of `variables`."""
-    own = f"{owner.name}/"
-    renamed = _renamed_layers(owner)
-    labels = []
-    for variable in variables:
-        path = variable.path.removeprefix(own)
-        labels.append("/".join(renamed.get(part, part) for part in path.split("/")))
-    return _unique(labels)
-
-
-def _renamed_layers(owner: Any) -> dict[str, str]:
-    """Names that Keras made itself -> the same names counted within `owner` alone.
-
-    So a model built a second time in one process, as notebooks do, is saved under the names of the first.
-    """
-    layers = list(owner._flatten_layers()) if hasattr(owner, "_flatten_layers") else []  # noqa: SLF001
-    generators = [part for variable in owner.variables for part in variable.path.split("/")[:-1]]
-    automatic: dict[str, str] = {}  # name -> what Keras would call the first of its kind
-    given: set[str] = set()
-    for layer in layers:
-        base = to_snake_case(type(layer).__name__)
-        if re.fullmatch(rf"{re.escape(base)}(_\d+)?", layer.name):
-            automatic[layer.name] = base
-        else:
-            given.add(layer.name)
-    automatic |= {part: "seed_generator" for part in generators if re.fullmatch(r"seed_generator(_\d+)?", part)}
-    renamed: dict[str, str] = {}
-    counts: dict[str, int] = {}
-    for name in sorted(automatic, key=lambda name: (automatic[name], _number(name))):
-        base = automatic[name]
-        while True:
-            count = counts.get(base, 0)
-            counts[base] = count + 1
-            fresh = f"{base}_{count}" if count else base
-            if fresh not in given:
-                break
-        renamed[name] = fresh
-    return renamed
-
-
-def _number(name: str) -> int:
-    found = re.search(r"_(\d+)$", name)
-    return int(found[1]) if found else 0
-
-
-def _unique(labels: Iterable[str]) -> list[str]:
-    taken: set[str] = {ARCHITECTURE}
-    found = []
-    for label in labels:
-        name, count = label, 1
-        while name in taken:
-            count += 1
-            name = f"{label}~{count}"
-        taken.add(name)
-        found.append(name)
-    return found
-
-
 # -------------------------------------------------------------------------------------------------------- optimizers
-
-
-def optimizer_labels(optimizer: Any) -> list[str]:
-    """Readable, unique names of `optimizer.variables`: "iteration", "learning_rate", "dense_kernel_momentum", and so on."""
-    return _unique(variable.path.partition("/")[2] or variable.path for variable in _variables(optimizer))
 
 
 def _variables(optimizer: Any) -> list[Any]:
@@ -294,7 +224,7 @@ def _live_variables(obj: Any) -> dict[str, Any] | None:
         return dict(zip(optimizer_labels(obj), _variables(obj), strict=True)) if obj.built else None
     if isinstance(obj, keras.random.SeedGenerator):
         return {"state": obj.state}
-    return dict(zip(_labels(obj, obj.variables), obj.variables, strict=True))
+    return dict(zip(layer_labels(obj, obj.variables), obj.variables, strict=True))
 
 
 # --------------------------------------------------------------------------------------------------------- callbacks
@@ -340,8 +270,8 @@ def _plain(value: Any) -> Any:
         return [np.asarray(entry) for entry in value]
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    array = np.asarray(keras.ops.convert_to_numpy(value))
-    return array.item() if array.ndim == 0 else array
+    number = as_number(value)
+    return np.asarray(keras.ops.convert_to_numpy(value)) if number is None else number
 
 
 # --------------------------------------------------------------------------------------------------------- variables
@@ -382,7 +312,7 @@ def assign(variable: Any, value: np.ndarray[Any, Any], name: str) -> None:
 
     JAX takes an aligned NumPy array as it is, and the first donated step would then write into the checkpoint's memory.
     """
-    wanted = np.dtype(_dtype_of(variable))
+    wanted = np.dtype(dtype_of(variable))
     if value.dtype != wanted:
         if value.dtype.kind not in "iu" or wanted.kind not in "iu":
             raise Mismatch(f"{name} is {value.dtype} in the checkpoint, {wanted} here")
@@ -391,7 +321,8 @@ def assign(variable: Any, value: np.ndarray[Any, Any], name: str) -> None:
     variable.assign(keras.ops.copy(tensor) if keras.backend.backend() == "jax" else tensor)
 
 
-def _dtype_of(variable: Any) -> np.dtype[Any]:
+def dtype_of(variable: Any) -> np.dtype[Any]:
+    """The NumPy type of a variable's values, those of ml_dtypes included."""
     import ml_dtypes
 
     name = str(variable.dtype)
@@ -400,14 +331,14 @@ def _dtype_of(variable: Any) -> np.dtype[Any]:
 
 def _differences(saved: Mapping[str, Any], live: Mapping[str, Any]) -> list[str]:
     """Lines for every name, shape and dtype that differs; the integer types of counters and seeds may."""
-    if list(saved) != list(live) and _same_but_for_counters(saved, live):
+    if list(saved) != list(live) and differ_by_counters(saved, live):
         saved = dict(zip(live, saved.values(), strict=True))
     ours = {name: HostArray.from_numpy(np.asarray(value)).spec for name, value in saved.items()}
     theirs = {}
     for name, variable in live.items():
-        empty = np.empty((0,), _dtype_of(variable))
+        empty = np.empty((0,), dtype_of(variable))
         dtype = HostArray.from_numpy(empty).spec[0]
-        if name in saved and np.asarray(saved[name]).dtype.kind in "iu" and _dtype_of(variable).kind in "iu":
+        if name in saved and np.asarray(saved[name]).dtype.kind in "iu" and dtype_of(variable).kind in "iu":
             dtype = ours[name][0]
         theirs[name] = (dtype, tuple(int(size) for size in variable.shape))
     return differences(ours, theirs)
@@ -418,11 +349,3 @@ def _in_order(saved: Mapping[str, Any], live: Mapping[str, Any]) -> list[Any]:
     if set(saved) == set(live):
         return [saved[name] for name in live]
     return list(saved.values())
-
-
-def _same_but_for_counters(saved: Iterable[str], live: Iterable[str]) -> bool:
-    """Whether two lists of names are equal, position by position, once the numbers Keras gave are left out."""
-    ours, theirs = list(saved), list(live)
-    return set(ours) != set(theirs) and [_COUNTER.sub("", name) for name in ours] == [
-        _COUNTER.sub("", name) for name in theirs
-    ]

@@ -127,9 +127,9 @@ class OngoingAttempt:
             durable=True,
         )
 
-    def log(self, step: int, epoch: int, metrics: Mapping[str, float]) -> None:
-        """Append a row of metrics; it is durable before the next commit is."""
-        self._append(log_event(step, epoch, metrics, datetime.now(UTC)), durable=False)
+    def log(self, step: int, epoch: int, metrics: Mapping[str, float], *, batch: int = 0) -> None:
+        """Append a row of metrics; it is durable before the next commit is. batch: 0 between epochs."""
+        self._append(log_event(step, epoch, metrics, datetime.now(UTC), batch=batch), durable=False)
 
     def end(self, how: str, step: int, epoch: int) -> None:
         """Write down, durably, how this attempt ended, and give the run back."""
@@ -187,8 +187,13 @@ class OngoingAttempt:
                 path=self._store.url,
                 hint=f'"highcamp verify {self._store.url}" shows the damage',
             )
-        pinned = self.run.pins.values()  # looked at again: somebody may have pinned one since the plan was made
-        return [name for name in plan.remove if name not in pinned and commit.remove(self._store, name)]
+        removed = []
+        for name in plan.remove:
+            trash = self.run.withdraw_unpinned(name, doomed=True)
+            if trash is not None:
+                self._store.remove(commit.checkpoint_path(trash))
+                removed.append(name)
+        return removed
 
     def sync(self) -> None:
         """Make every row logged so far durable."""
@@ -233,9 +238,10 @@ def check_place(store: Store) -> None:
     directory = local_directory(store)
     if directory is None:
         return
-    if directory.exists() and not directory.is_dir():
-        raise Refused(f"{directory} is a file, not a directory", path=str(directory), hint="name another directory")
-    parent = next(parent for parent in (directory, *directory.parents) if parent.exists())
+    # os.path rather than Path, whose methods raise PermissionError
+    parent = next(parent for parent in (directory, *directory.parents) if os.path.exists(parent))  # noqa: PTH110
+    if not os.path.isdir(parent):  # noqa: PTH112
+        raise Refused(f"{parent} is a file, not a directory", path=str(directory), hint="name another directory")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise Refused(
             f"{parent} may not be written to by this user",

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from highcamp.core.manifest import STATE
 from highcamp.core.tree import names, unflatten
-from highcamp.errors import CheckpointNotFound, InvalidArgument
+from highcamp.errors import CheckpointNotFound, Damaged, InvalidArgument
 from highcamp.run import commit, export, live, verify
 from highcamp.run.history import parse_time
-from highcamp.run.tensors import load_tensors
+from highcamp.run.tensors import damaged, load_tensors
 
 if TYPE_CHECKING:
     import os
@@ -103,9 +104,8 @@ class Checkpoint:
         truncates the file in place. With `copy` they are read into memory of their own and writable. Tied tensors appear
         under each of their paths. Raises CheckpointNotFound for an object it does not have, Damaged.
         """
-        skeleton = self.skeleton(object)
-        tensors = load_tensors(self, object, mapped=not copy)
-        return {path: tensors[name].numpy() for path, name in names(skeleton).items()}
+        saved = self._read(object, mapped=not copy)
+        return {path: saved.tensors[name].numpy() for path, name in names(saved.skeleton).items()}
 
     def state(self, object: str) -> Any:  # noqa: A002
         """The whole state of one object as plain data: dicts, lists, tuples, numbers, with NumPy arrays as tensors.
@@ -113,9 +113,8 @@ class Checkpoint:
         Named tuples come back as dicts of their fields; `restore` with the live object, or `like=`, gives them back.
         Raises CheckpointNotFound, Damaged.
         """
-        skeleton = self.skeleton(object)
-        tensors = load_tensors(self, object, mapped=False)
-        return unflatten(skeleton, lambda name: tensors[name].numpy())
+        saved = self.saved(object)
+        return unflatten(saved.skeleton, lambda name: saved.tensors[name].numpy())
 
     def restore(self, **objects: object) -> None:
         """Put the state of the named objects into live ones, such as `restore(model=model)`.
@@ -131,7 +130,26 @@ class Checkpoint:
 
     def saved(self, name: str) -> live.Saved:
         """The verified saved state of one object, its tensors in memory of their own. Raises CheckpointNotFound, Damaged."""
-        return live.Saved(self.skeleton(name), load_tensors(self, name, mapped=False))
+        return self._read(name, mapped=False)
+
+    def _read(self, name: str, *, mapped: bool) -> live.Saved:
+        try:
+            skeleton = self.skeleton(name)
+            tensors = load_tensors(self, name, mapped=mapped)
+        except Damaged as error:
+            if commit.read_manifest(self.store, self.name) is not None:
+                raise
+            raise CheckpointNotFound(
+                f"{self.path} was removed while it was read", path=self.path, hint="ask the run again, or pin it first"
+            ) from error
+        try:
+            # Built once for nothing: a tree that is malformed, or names what its files do not hold, is damage with the
+            # name of its checkpoint, and resume falls back before any object is touched.
+            unflatten(skeleton, tensors.__getitem__)
+        except (Damaged, KeyError) as error:
+            problem = error.message if isinstance(error, Damaged) else f"it names a tensor {error} that is not there"
+            raise damaged(self, f"the {name} in {STATE} cannot be read: {problem}") from error
+        return live.Saved(skeleton, tensors)
 
     def verify(self, *, quick: bool = False) -> Verification:
         """Compare every byte with its digest (quick: only names and sizes) and name what is damaged; repairs nothing."""

@@ -204,15 +204,6 @@ def withdraw(store: Store, name: str, *, doomed: bool = False) -> str | None:
     return trash
 
 
-def remove(store: Store, name: str) -> bool:
-    """Remove the checkpoint called `name` for good: un-publish it first, then its data. False if it is gone already."""
-    trash = withdraw(store, name, doomed=True)
-    if trash is None:
-        return False
-    store.remove(checkpoint_path(trash))
-    return True
-
-
 def trashed(store: Store) -> dict[str, str]:
     """What can be brought back: trash name -> the name the checkpoint had."""
     found = ((name, _TRASH_NAME.match(name)) for name in store.list(CHECKPOINTS))
@@ -233,10 +224,13 @@ def sweep(store: Store) -> list[str]:
 
     Only for the owner of the run: it knows that no save is under way. Nothing but our own pattern is touched.
     """
-    swept = []
-    for name in store.list(CHECKPOINTS):
-        doomed = _TRASH_NAME.match(name)
-        if name.startswith(PENDING) or (doomed and doomed["doomed"]):
-            store.remove(checkpoint_path(name))
-            swept.append(name)
-    return swept
+    left = [checkpoint_path(name) for name in store.list(CHECKPOINTS) if _is_left_over(name)]
+    left += [name for name in store.list("") if name.startswith(PENDING)]  # of `run.json` and of the owner's record
+    for path in left:
+        store.remove(path)
+    return [path.rpartition("/")[2] for path in left]
+
+
+def _is_left_over(name: str) -> bool:
+    trash = _TRASH_NAME.match(name)
+    return name.startswith(PENDING) or (trash is not None and trash["doomed"] is not None)

@@ -47,7 +47,11 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 @dataclass(frozen=True)
 class Row:
-    """Metrics logged at one step. `abandoned`: a later attempt resumed before this step, so the run went on without it."""
+    """Metrics logged at one step.
+
+    batch: the batch of the epoch under way, 0 between epochs. `abandoned`: a later attempt resumed before this step, so the
+    run went on without it.
+    """
 
     attempt: int
     step: int
@@ -55,6 +59,7 @@ class Row:
     metrics: dict[str, float]
     at: datetime
     abandoned: bool = False
+    batch: int = 0
 
 
 @dataclass(frozen=True)
@@ -98,9 +103,11 @@ class History:
         return list(dict.fromkeys(name for row in self.all_rows for name in row.metrics))
 
     def epochs(self) -> list[Row]:
-        """One row per epoch: everything logged while it was the newest, later values in place of earlier ones."""
+        """One row per epoch: everything logged between it and the next, later values in place of earlier ones."""
         merged: dict[int, Row] = {}
         for row in self.rows:
+            if row.batch:
+                continue  # measured in the middle of the next epoch
             before = merged.get(row.epoch)
             values = {**before.metrics, **row.metrics} if before else dict(row.metrics)
             merged[row.epoch] = Row(row.attempt, row.step, row.epoch, values, row.at)
@@ -143,7 +150,7 @@ def read_history(store: Store) -> History:
         by_place.setdefault((number, event.step), {}).update(values)
         place = (event.step, event.epoch)
         gone = any(later.number > number and (later.step, later.epoch) < place for later in attempts.values())
-        rows.append(Row(number, event.step, event.epoch, values, parse_time(event.at), gone))
+        rows.append(Row(number, event.step, event.epoch, values, parse_time(event.at), gone, event.batch))
     return History(tuple(rows), tuple(attempts[n] for n in sorted(attempts)), by_place)
 
 
@@ -162,10 +169,12 @@ def append_events(store: Store, attempt: int, part: int, events: Sequence[Event]
     store.append(f"{DIRECTORY}/attempt-{attempt:04d}{suffix}.jsonl", data, durable=durable)
 
 
-def log_event(step: int, epoch: int, metrics: Mapping[str, float], at: datetime) -> Event:
+def log_event(step: int, epoch: int, metrics: Mapping[str, float], at: datetime, *, batch: int = 0) -> Event:
     """The line for a row of metrics."""
     finite, nonfinite = split_metrics(metrics)
-    return Event(event="log", at=format_time(at), step=step, epoch=epoch, metrics=finite, nonfinite=nonfinite)
+    return Event(
+        event="log", at=format_time(at), step=step, epoch=epoch, batch=batch, metrics=finite, nonfinite=nonfinite
+    )
 
 
 def format_time(at: datetime) -> str:
@@ -177,7 +186,7 @@ def parse_time(text: str) -> datetime:
     """The reverse of `format_time`; what is no time reads as the beginning of 1970."""
     try:
         return datetime.fromisoformat(text).astimezone(UTC)
-    except ValueError:
+    except (ValueError, OverflowError):  # OverflowError: the first or the last day there is, in another time zone
         return datetime.fromtimestamp(0, UTC)
 
 

@@ -74,8 +74,8 @@ class Ownership:
 
     def release(self) -> None:
         """Give the run back; the next process need not wait. Twice is once."""
-        if self._stop.is_set():
-            return
+        if self._stop.is_set() or self._owner.pid != os.getpid():
+            return  # a forked child has a copy of us, and holds nothing
         self._stop.set()
         self._thread.join()
         _held.discard(self)

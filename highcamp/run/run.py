@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,6 @@ from highcamp.run.settings import Settings, read_settings
 from highcamp.storage.store import open_store
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Collection, Iterator
     from pathlib import Path
 
@@ -38,6 +38,8 @@ def open_run(path: str | os.PathLike[str] | Store) -> Run:
     Raises RunNotFound.
     """
     store = open_store(path)
+    if os.path.isfile(store.url):  # noqa: PTH113  (a URL is none)
+        raise RunNotFound(f"{store.url} is a file, not a run", path=store.url, hint="name the directory of the run")
     if store.size("run.json") is None and not commit.checkpoint_names(store) and not attempt_numbers(store):
         raise RunNotFound(
             f"there is no run at {store.url}",
@@ -203,9 +205,22 @@ class Run:
         plan = self.plan(keep)
         if not dry_run:
             for name in plan.remove:
-                if name not in self.pins.values():  # one may have been pinned since the plan was made
-                    commit.withdraw(self.store, name)
+                self.withdraw_unpinned(name)
         return plan
+
+    def withdraw_unpinned(self, name: str, *, doomed: bool = False) -> str | None:
+        """Un-publish the checkpoint called `name` unless it is pinned; returns the name of its trash, see `commit.withdraw`.
+
+        It may be pinned at any moment. Whoever pins looks afterwards whether the checkpoint is there, and whoever removes
+        looks afterwards whether there is a pin: so one of the two notices.
+        """
+        if name in self.pins.values():
+            return None
+        trash = commit.withdraw(self.store, name, doomed=doomed)
+        if trash is not None and name in self.pins.values():
+            commit.restore_trash(self.store, trash)
+            return None
+        return trash
 
     def remove(self, reference: str) -> str:
         """Move one checkpoint to the trash and return its name. Raises Refused for the best, the last and pinned ones."""

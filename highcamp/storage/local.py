@@ -20,6 +20,7 @@ import warnings
 from typing import TYPE_CHECKING, Self
 
 from highcamp.errors import Damaged, InvalidArgument, StorageError, Taken
+from highcamp.storage.direct import DirectWriter
 from highcamp.storage.store import NotThere, flat, join, parent, parts
 from highcamp.storage.system import (
     APPEND,
@@ -266,12 +267,13 @@ class LocalStore:
     def _write_all(self, descriptor: int, where: str, chunks: Iterable[Buffer]) -> None:
         total = sum(memoryview(chunk).nbytes for chunk in chunks) if isinstance(chunks, (list, tuple)) else None
         written = 0
+        writer = DirectWriter(descriptor)
 
         def write_out(data: memoryview) -> None:
             nonlocal written
             while data:  # the kernel may take less than given: at most 2 GiB at once, or what is left of the disk
                 with told("write", where, needed=len(data) if total is None else total - written):
-                    count = write(descriptor, data)
+                    count = writer.write(data)
                 written += count
                 data = data[count:]
 

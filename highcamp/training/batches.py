@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -49,18 +50,29 @@ def resume(loader: Iterable[Any], saved: dict[str, Any], skip: int, *, where: st
     batches = live.loader_resume(loader, saved["order"], saved["position"], skip)
     if batches is None:
         count = length(loader)
-        if count is not None and hasattr(loader, "__getitem__"):
-            batches = (loader[at] for at in range(skip, count))
+        if count is not None and _is_read_by_index(loader):
+            if count < skip:
+                raise _too_short(skip, count, where)
+            batches = (loader[at] for at in range(skip, count))  # type: ignore[index]
         else:
             batches = iter(loader)
             for done in range(skip):
                 if next(batches, batches) is batches:
-                    raise Mismatch(
-                        f"{where} was saved after {skip} batches of its epoch, the loader given to batches() has only {done}",
-                        path=where,
-                        hint="use the same data and batch size as when it was saved",
-                    )
+                    raise _too_short(skip, done, where)
     return batches, place
+
+
+def _is_read_by_index(loader: Iterable[Any]) -> bool:
+    """Whether iterating over it means reading item 0, 1, 2, …; an `__iter__` of its own may shuffle, and draw for it."""
+    return isinstance(loader, Sequence) or (hasattr(loader, "__getitem__") and not hasattr(type(loader), "__iter__"))
+
+
+def _too_short(skip: int, found: int, where: str) -> Mismatch:
+    return Mismatch(
+        f"{where} was saved after {skip} batches of its epoch, the loader given to batches() has only {found}",
+        path=where,
+        hint="use the same data and batch size as when it was saved",
+    )
 
 
 def length(loader: Any) -> int | None:

@@ -27,6 +27,11 @@ class BestSoFar:
     epoch: int | None = None
     was_missing: bool = False
 
+    def is_improved_by(self, metrics: Mapping[str, float]) -> bool:
+        """Whether these metrics are better than the best so far; nothing is remembered."""
+        value = self.monitor.value(metrics)
+        return value is not None and (self.value is None or self.monitor.is_better(value, self.value))
+
     def replay(self, history: History) -> None:
         """Go through the epochs of a history, as if they had been seen."""
         for row in history.epochs():

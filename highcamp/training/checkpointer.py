@@ -78,6 +78,7 @@ class Checkpointer:
         self._best = BestSoFar(self._monitor) if self._monitor else None
         self._is_finished = False
         self._metrics: tuple[int, dict[str, float]] = (-1, {})  # those of one step, and that step
+        self._ended: dict[int, int] = {}  # step -> the epoch that ended with it
 
     # What is known
 
@@ -105,13 +106,17 @@ class Checkpointer:
     def epochs_since_best(self) -> int:
         """Epochs done since the best value of the monitored metric, restarts included; NaN is no improvement.
 
-        For early stopping: `if checkpointer.epochs_since_best >= 5: break`, first thing in the loop. Raises InvalidArgument
-        without a monitor.
+        For early stopping: `if checkpointer.epochs_since_best >= 5: break`, first thing in the loop or after `log`. Raises
+        InvalidArgument without a monitor.
         """
         if self._best is None:
             raise InvalidArgument("epochs_since_best needs a monitored metric", hint='pass monitor="val_loss"')
         self.start()
-        done = self.epoch + (1 if self.progress.at_boundary else 0)
+        done = self.epoch
+        if self.progress.is_logged and self.progress.at_boundary:  # the epoch under way is done, but not ended yet
+            if self._best.is_improved_by(self._metrics_at(self.progress.boundary_step)):
+                return 0
+            done += 1
         return max(0, done - (self._best.epoch or 0))
 
     # A loop of your own
@@ -162,8 +167,11 @@ class Checkpointer:
                 yield self.epoch
             except GeneratorExit:  # `break`: an epoch whose metrics are logged is a whole one
                 if self.progress.is_logged and not self._saver.is_closed and not sys.is_finalizing():
-                    self.end_epoch()
-                    self.finish()
+                    try:
+                        self.end_epoch()
+                        self.finish()
+                    except BaseException as error:  # noqa: BLE001  (Python prints what is raised here, and goes on)
+                        self._saver.hold(error)
                     self._is_finished = False
                 raise
             self.end_epoch()
@@ -188,12 +196,14 @@ class Checkpointer:
         where = self._saver.resumed_from.path if self._saver.resumed_from else self.run.path
         iterator, progress.place = progress.iterate(loader, where)
         length = batching.length(loader)
-        for batch in iterator:
-            progress.is_iterating = True
-            yield batch
-            progress.batch += 1
-            self.end_step(is_last=progress.batch == length)
-        progress.is_iterating = False
+        try:
+            for batch in iterator:
+                progress.next_batch()
+                yield batch
+                progress.count_batch()
+                self.end_step(0, is_last=progress.batch == length)
+        finally:
+            progress.is_iterating = False  # after `break` as well
 
     def log(
         self,
@@ -206,17 +216,19 @@ class Checkpointer:
     ) -> None:
         """Log metrics: `log(train_loss=0.1, val_loss=0.3)`, numbers or arrays of one number; NaN is recorded, never ranked.
 
-        step, epoch: where they were measured; now, by default. A metric counts only for checkpoints of its own step, which
-        may have been saved before. Raises InvalidMetric.
+        step, epoch: where they were measured; now, by default, and within `batches` that is the step under way. A metric
+        counts only for checkpoints of its own step, which may have been saved before. Raises InvalidMetric.
         """
         values = to_metrics({**(metrics or {}), **named})
         attempt = self._attempt()
         self._saver.raise_failed()
         now = self.progress.boundary_step
         step = now if step is None else step
-        epoch = self.progress.boundary_epoch if epoch is None else epoch
+        batch = self.progress.boundary_batch if step == now else 0
+        if epoch is None:
+            epoch = self.progress.boundary_epoch if step == now else self._ended.get(step, self.epoch)
         try:
-            attempt.log(step, epoch, values)
+            attempt.log(step, epoch, values, batch=batch)
         except StorageError as error:  # the row is kept, and written with the next one
             self._saver.tell(error)
         if step == now:
@@ -254,6 +266,7 @@ class Checkpointer:
         """An epoch is done and its metrics are logged; saves if due."""
         metrics = self._metrics_at(self.progress.boundary_step)
         self.progress.end_epoch(self.run.path)
+        self._ended[self.step] = self.epoch
         is_due = self._saver.is_due(self.progress)
         if self._best is not None:
             name = f"step-{self.step:08d}" if is_due else None
@@ -284,14 +297,21 @@ class Checkpointer:
 
         state: any tree of arrays and plain values. A dict of parts, such as {"params": …, "optimizer": …}, becomes one
         object for each part; anything else is one object named "state". step, epoch: what has been done; counted on from
-        the last save by default. Waits for the save before, and raises its error. Raises InvalidState, InvalidMetric,
+        the last save by default; within `batches` the batch at hand is taken as done. Waits for the save before, and raises its error. Raises InvalidState, InvalidMetric,
         Refused if the run has checkpoints that were not restored.
         """
         values = to_metrics(metrics or {})
         self._attempt()
+        if step is None:
+            if state is None and self.progress.is_unknown:
+                raise InvalidArgument(
+                    "save() cannot tell how much of the epoch is done, because no batch of it was counted",
+                    hint="iterate over checkpointer.batches(loader), or leave saving to epochs(): every=Every(epochs=1)",
+                )
+            self.progress.count_batch()
         self.progress.move(step, epoch)
         if values:
-            self.log(values)
+            self.log(values, step=self.step)
         if state is None:
             return self._save_tracked()
         return self._save(lambda: live.capture_state(state))
@@ -312,9 +332,9 @@ class Checkpointer:
         self._attempt()
         self.progress.move(step, epoch)
         if self._saver.is_due(self.progress):
-            return self.save(state, metrics=metrics)
+            return self.save(state, step=step, epoch=epoch, metrics=metrics)
         if metrics:
-            self.log(metrics)
+            self.log(metrics, step=self.step)
         return None
 
     def restore(self, reference: str | None = None, *, like: object = None) -> Any:
@@ -364,7 +384,12 @@ class Checkpointer:
     def close(self) -> None:
         """Wait for the save under way, prune, and give the run back; raises a failed save's error. Twice is once."""
         if self._saver.close("complete" if self._is_finished else "closed", self.progress) and self._saver.count:
-            best, metric = self.run.best, self._monitor.metric if self._monitor else ""
+            try:
+                best = self.run.best
+            except StorageError as error:  # gone with the last save: what is known of it has been told
+                self._saver.tell(error)
+                return
+            metric = self._monitor.metric if self._monitor else ""
             place = (f"epoch {best.epoch}" if best.epoch else f"step {best.step}") if best else ""
             fact = (place, best.metrics[metric], metric, best.path) if best else None
             share = self._saver.share_of_time()

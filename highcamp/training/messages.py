@@ -33,23 +33,28 @@ def two_numbers(one: float, other: float) -> tuple[str, str]:
     """Both with five decimals, or as many as it takes to tell them apart; exponents where decimals would be all zero."""
     for digits in range(5, 18):
         texts = (f"{one:.{digits}f}", f"{other:.{digits}f}")
-        if texts[0] != texts[1] and max(abs(one), abs(other)) >= 10.0**-digits:
+        if texts[0] != texts[1] and all(value == 0 or float(text) for value, text in zip((one, other), texts, strict=True)):
             return texts
     return (f"{one:.17g}", f"{other:.17g}") if one != other else (f"{one:.5f}", f"{other:.5f}")
+
+
+def one_number(value: float) -> str:
+    """Five decimals, or an exponent where they would be all but zero."""
+    return f"{value:.5f}" if value == 0 or abs(value) >= 1e-4 else f"{value:.4e}"
 
 
 def improved(epoch: int, metric: str, old: float | None, new: float, name: str | None) -> str:
     """A better value. old: None for the first one. name: the checkpoint being saved, if one is."""
     saving = f", saving {name}" if name else ""
     if old is None:
-        return f"Epoch {epoch}: {metric} improved to {new:.5f}{saving}"
+        return f"Epoch {epoch}: {metric} improved to {one_number(new)}{saving}"
     before, after = two_numbers(old, new)
     return f"Epoch {epoch}: {metric} improved from {before} to {after}{saving}"
 
 
 def not_improved(epoch: int, metric: str, best: float, best_epoch: int) -> str:
     """A value that is no better."""
-    return f"Epoch {epoch}: {metric} did not improve from {best:.5f} (epoch {best_epoch})"
+    return f"Epoch {epoch}: {metric} did not improve from {one_number(best)} (epoch {best_epoch})"
 
 
 def not_finite(epoch: int, metric: str, value: float, best_epoch: int | None) -> str:
@@ -77,10 +82,14 @@ def counted(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-def fell_back(error: HighcampError, name: str | None) -> str:
+def fell_back(error: HighcampError, name: str) -> str:
     """A damaged checkpoint was passed over."""
-    instead = f"resumed from {name} instead" if name else "looking for an older one"
-    return f"{error.message}; {instead}"
+    return f"{error.message}; resumed from {name} instead"
+
+
+def passed_over(name: str, why: str) -> str:
+    """Something lies among the checkpoints that cannot be read as one."""
+    return f"{name} is passed over and left as it is: {why}"
 
 
 def complete(done: int, planned: int) -> str:
@@ -90,5 +99,5 @@ def complete(done: int, planned: int) -> str:
 
 def summary(best: tuple[str, float, str, str] | None, saves: int, share: float, path: str) -> str:
     """The last line. best: where, value, metric, path of the best checkpoint. share: of wall time spent saving."""
-    head = "" if best is None else f"Best: {best[0]}, {best[2]} {best[1]:.5f} -> {best[3]} · "
+    head = "" if best is None else f"Best: {best[0]}, {best[2]} {one_number(best[1])} -> {best[3]} · "
     return f"{head}{counted(saves, 'save')}, {100 * share:.1f} % of training time · highcamp ls {path}"

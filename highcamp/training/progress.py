@@ -27,6 +27,7 @@ class Progress:
     """Where the loop is.
 
     epoch, step: done. batch: batches done in the epoch under way. place: how the iteration over the batches began.
+    is_iterating: whether a batch is at hand. is_counted: whether that batch is counted already.
     """
 
     epoch: int = 0
@@ -35,6 +36,7 @@ class Progress:
     place: Place | None = None
     in_epoch: bool = False
     is_iterating: bool = False
+    is_counted: bool = False
     is_logged: bool = False
     _first_step: int = 0
     _resumed: dict[str, Any] | None = field(default=None, repr=False)
@@ -51,7 +53,12 @@ class Progress:
 
     @property
     def boundary_step(self) -> int:
-        """The step that metrics measured now belong to; an epoch without counted batches is one step."""
+        """The step that metrics measured now belong to: the one under way while a batch is at hand.
+
+        An epoch without counted batches is one step.
+        """
+        if self.is_iterating:
+            return self.step + (0 if self.is_counted else 1)
         return self.step + (1 if self.at_boundary and self.step == self._first_step else 0)
 
     @property
@@ -59,11 +66,32 @@ class Progress:
         """The epoch that metrics measured now belong to: the one just done, or those done before a running one."""
         return self.epoch + (1 if self.at_boundary else 0)
 
+    @property
+    def boundary_batch(self) -> int:
+        """The batch that metrics measured now belong to, 0 between epochs."""
+        return self.batch + (0 if self.is_counted else 1) if self.is_iterating else 0
+
+    @property
+    def is_unknown(self) -> bool:
+        """Whether an epoch is under way of which nothing is counted: it may have begun just now, or be all but done."""
+        return self.at_boundary and self.batch == 0 and self.step == self._first_step
+
     def begin_epoch(self) -> None:
         """An epoch begins, or goes on where it was."""
+        if self._resumed is None:
+            self.batch, self.place = 0, None  # the one before may have been left by `break`
         self.in_epoch, self.is_logged, self.is_iterating = True, False, False
         # After a resume in its middle, an epoch has steps behind it already.
         self._first_step = self.step if self._resumed is None else -1
+
+    def next_batch(self) -> None:
+        """A batch is at hand."""
+        self.is_iterating, self.is_counted = True, False
+
+    def count_batch(self) -> None:
+        """The batch at hand is done; counted once, however often this is said."""
+        if self.is_iterating and not self.is_counted:
+            self.batch, self.step, self.is_counted = self.batch + 1, self.step + 1, True
 
     def end_epoch(self, where: str) -> None:
         """An epoch is done. Raises Mismatch if it was resumed in its middle and not gone on with."""
@@ -79,7 +107,13 @@ class Progress:
 
     def iterate(self, loader: Iterable[Any], where: str) -> tuple[Iterator[Any], Place]:
         """The batches still to do in this epoch."""
+        if self.place is not None:
+            raise InvalidArgument(
+                f"batches() was called twice in epoch {self.epoch + 1}, so a restart could not tell where to go on",
+                hint="iterate once in each epoch: chain the loaders, or count each pass as an epoch",
+            )
         saved, self._resumed = self._resumed, None
+        self.is_logged = False  # what was logged before the batches is not the end of the epoch
         if saved is None:
             return batches.begin(loader)
         found = batches.resume(loader, saved["place"], self.batch, where=where)

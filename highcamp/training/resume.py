@@ -9,10 +9,12 @@ from highcamp.run.verify import verify_unlisted
 from highcamp.training import messages
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from highcamp.run.attempt import OngoingAttempt
     from highcamp.run.checkpoint import Checkpoint
+    from highcamp.run.verify import Verification
+    from highcamp.storage.store import Store
     from highcamp.training.messages import Voice
 
 
@@ -23,26 +25,32 @@ def newest_whole(attempt: OngoingAttempt, voice: Voice, load: Callable[[Checkpoi
     over what may still be saved is for a person to decide.
     """
     checkpoints = list(reversed(attempt.run.checkpoints))
+    unlisted = _damaged_unlisted(attempt.run.store, [checkpoint.name for checkpoint in checkpoints])
+    for entry in unlisted:
+        voice.say(messages.passed_over(entry.name, entry.findings[0].message), level=0)
     errors: list[Damaged] = []
-    for place, checkpoint in enumerate(checkpoints):
+    for checkpoint in checkpoints:
         try:
             load(checkpoint)
         except Damaged as error:
             errors.append(error)
             attempt.note_damaged(checkpoint.name)
-            older = checkpoints[place + 1].name if place + 1 < len(checkpoints) else None
-            voice.say(messages.fell_back(error, older), level=0)
         else:
+            for error in errors:
+                voice.say(messages.fell_back(error, checkpoint.name), level=0)
             return checkpoint
-    known = [checkpoint.name for checkpoint in checkpoints]
-    unlisted = [
-        entry for entry in verify_unlisted(attempt.run.store, known) if entry.state in ("altered", "unreadable")
-    ]
+    for error in errors:
+        voice.say(error.message, level=0)
     if errors or unlisted:
-        names = [*known, *(entry.name for entry in unlisted)]
+        names = [*(checkpoint.name for checkpoint in checkpoints), *(entry.name for entry in unlisted)]
         raise Damaged(
             f"{attempt.run.path} has checkpoints, but none is whole: {', '.join(names)}",
             path=attempt.run.path,
             hint=f'"highcamp verify {attempt.run.path}" shows what is left; to start anew, use another directory',
         )
     return None
+
+
+def _damaged_unlisted(store: Store, known: Sequence[str]) -> list[Verification]:
+    """What was a checkpoint, as far as can be told without its manifest; an unfinished save has no manifest at all."""
+    return [entry for entry in verify_unlisted(store, known) if entry.state in ("altered", "unreadable")]

@@ -94,14 +94,15 @@ class Saver:
             attempt.release()
             raise
         self._attempt, self.run = attempt, attempt.run
+        self._snapshot.prepare({name: live.capture(name, obj) for name, obj in tracked.items()})
         self._saved, self._saved_at = progress.key, time.monotonic()
 
     def open_empty(self, progress: Progress) -> None:
         """Begin an attempt without restoring anything. Raises Refused if there is something to restore."""
-        last = self.run.last
-        if last is not None:
+        checkpoints = self.run.checkpoints  # damaged ones count: what is left of them is not to be trained over
+        if checkpoints:
             raise Refused(
-                f"{self.run.path} has checkpoints up to {last.name}, which were not restored",
+                f"{self.run.path} has checkpoints up to {checkpoints[-1].name}, which were not restored",
                 path=self.run.path,
                 hint="call restore() before saving or logging, or use another directory",
             )
@@ -154,6 +155,10 @@ class Saver:
         error = self._writer.drain()
         if error is not None:
             self.tell(error)
+
+    def hold(self, error: BaseException) -> None:
+        """Keep an error that cannot be raised where it happens; the next call, or the end of the program, tells it."""
+        self._writer.hold(error)
 
     def tell(self, error: BaseException) -> None:
         """Raise an error of saving or logging, or say it, as `on_error` has it."""

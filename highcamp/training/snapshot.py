@@ -1,7 +1,6 @@
 """The snapshot: the in-memory copy of the state from which a checkpoint is written.
 
-Its memory is laid out like the data section of the tensor file and reused by every save: fresh memory costs a page fault
-for each page, which is several times slower than the copy itself.
+It is laid out like the data section of the tensor file, so that it is written without another copy.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from highcamp.core import tensorfile
 from highcamp.run.commit import Part
+from highcamp.training.staging import Staging
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -26,8 +26,16 @@ class Snapshot:
 
     def __init__(self) -> None:
         """Memory is allocated at the first `take`."""
-        self._buffers: dict[str, memoryview] = {}
+        self._buffers: dict[str, Staging] = {}
         self._layouts: dict[str, tuple[dict[str, Spec], Layout]] = {}
+
+    def prepare(self, flats: Mapping[str, Flat]) -> None:
+        """Set memory aside for states like these, in the background, so that the first `take` is as fast as the others."""
+        for name, flat in flats.items():
+            if flat.arrays and name not in self._buffers:
+                layout = self._layout(name, {key: array.spec for key, array in flat.arrays.items()})
+                staging = self._buffers[name] = Staging(max(layout.size, 1))
+                staging.prepare()
 
     @property
     def size_bytes(self) -> int:
@@ -45,13 +53,19 @@ class Snapshot:
         if not flat.arrays:
             return Part(name, flat.skeleton)
         layout = self._layout(name, {key: array.spec for key, array in flat.arrays.items()})
-        length = layout.size
-        buffer = self._buffers.get(name)
-        if buffer is None or len(buffer) < length:
-            buffer = self._buffers[name] = memoryview(bytearray(length))
+        view = self._staging(name, layout.size).view
         for entry in layout.entries:
-            buffer[entry.start : entry.end] = flat.arrays[entry.name].data
-        return Part(name, flat.skeleton, layout, buffer[:length].toreadonly())
+            view[entry.start : entry.end] = flat.arrays[entry.name].data
+        return Part(name, flat.skeleton, layout, view[: layout.size].toreadonly())
+
+    def _staging(self, name: str, size: int) -> Staging:
+        """Memory for one object: what it had before, or new if that is too small."""
+        staging = self._buffers.get(name)
+        if staging is None or len(staging) < size:
+            self._buffers.pop(name, None)  # before the new one is asked for: the two together may not fit
+            staging = self._buffers[name] = Staging(max(size, 1))
+        staging.wait()
+        return staging
 
     def _layout(self, name: str, specs: dict[str, Spec]) -> Layout:
         """The table of the file; it is the same from save to save as long as shapes and data types are."""

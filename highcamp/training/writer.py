@@ -74,6 +74,7 @@ class Writer:
     def __init__(self) -> None:
         """Nothing is under way."""
         self._pending: Pending | None = None
+        self._held: BaseException | None = None
         _writers.add(self)
 
     @property
@@ -86,8 +87,15 @@ class Writer:
         self._pending = Pending(name, job)
         return self._pending
 
+    def hold(self, error: BaseException) -> None:
+        """Keep an error that could not be raised where it happened, for the next `drain`."""
+        self._held = error
+
     def drain(self) -> BaseException | None:
         """Wait until nothing is under way; returns an error that nobody has been told of yet."""
+        held, self._held = self._held, None
+        if held is not None:
+            return held
         pending, self._pending = self._pending, None
         if pending is None:
             return None

@@ -150,6 +150,8 @@ def test_bytes_that_do_not_fit_are_refused():
     """A tensor file would be written whose table lies."""
     with pytest.raises(InvalidArgument, match=r"F32 of shape \(3,\) takes 12 bytes, 11 were given"):
         HostArray("F32", (3,), memoryview(bytes(11)))
+    with pytest.raises(InvalidArgument, match="takes 12 bytes, 13 were given"):
+        HostArray("F32", (3,), memoryview(bytes(13)))
     with pytest.raises(InvalidArgument, match="one contiguous axis of format 'B', this is 1 of 'f'"):
         HostArray("F32", (3,), memoryview(np.zeros(3, "f4")))
     with pytest.raises(InvalidArgument, match="one contiguous axis"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 import tracemalloc
 
@@ -150,7 +151,7 @@ def _deeper(count):
 
 def test_a_caller_near_the_stack_limit_gets_our_error():
     """RecursionError would pass every `except HighcampError`."""
-    outcomes = set()
+    outcomes: set[str] = set()
     for count in range(700, 1000):
         try:
             _deeper(count)
@@ -161,7 +162,27 @@ def test_a_caller_near_the_stack_limit_gets_our_error():
             outcomes.add("no room for the call itself")
             break
 
-    assert "read" in outcomes
+    assert outcomes >= {"read", "damaged"}
+
+
+def test_digits_are_limited_by_us_and_not_by_a_setting_of_the_interpreter():
+    """Where somebody has switched that limit off, one long number would take minutes."""
+    before = sys.get_int_max_str_digits()
+    sys.set_int_max_str_digits(0)
+    try:
+        with pytest.raises(Damaged, match="an integer of 4301 digits, at most 4300"):
+            read(b"9" * 4301)
+    finally:
+        sys.set_int_max_str_digits(before)
+
+
+def test_too_many_strings_are_not_read(monkeypatch):
+    """Fifty bytes of memory for each would take the machine down."""
+    monkeypatch.setattr(strict, "MAX_QUOTES", 4)
+
+    assert read(b'["",""]') == ["", ""]
+    with pytest.raises(Damaged, match="6 quotation marks, at most 4"):
+        read(b'["","",""]')
 
 
 MONSTERS = {

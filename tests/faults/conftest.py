@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # fault_scene, which the killed processes import too
+pytest.register_assert_rewrite("fault_scene", "fault_trace")
 
 
 def pytest_configure(config):
@@ -35,3 +36,29 @@ def place():
     where = Path(tempfile.mkdtemp(prefix="highcamp-", dir=shared if os.access(shared, os.W_OK) else None))
     yield where
     shutil.rmtree(where)
+
+
+@pytest.fixture(scope="session")
+def nursery():
+    """A process whose children are killed."""
+    import fault_trace
+
+    found = fault_trace.Nursery()
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="session")
+def points(nursery, tmp_path_factory):
+    """The calls of a work that goes through, in their order."""
+    import fault_scene
+    import fault_trace
+
+    place = tmp_path_factory.mktemp("points")
+    store, diary = fault_trace.prepared(place, "run")
+    assert nursery.run(place / "run", diary, log=place / "log") == "ended 0"
+    fault_scene.look(store, fault_trace.whole_lines(diary))
+    found = fault_trace.calls_of(place / "log", place / "run")
+    assert len(found) > 150
+    assert {"mkdir", "openat", "write", "fsync", "renameat2"} <= {call for call, _, _ in found}
+    return found

@@ -6,6 +6,7 @@ A plain module and no fixture, because the processes that are killed import it t
 from __future__ import annotations
 
 import contextlib
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,10 +19,14 @@ from highcamp.policy.retention import Keep
 from highcamp.run import live
 from highcamp.run.attempt import OngoingAttempt
 from highcamp.run.run import Run
+from highcamp.storage.local import LocalStore
+from highcamp.storage.memory import MemoryStore
+from highcamp.testing import FaultyStore
 from highcamp.training.snapshot import Snapshot
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from highcamp.run.checkpoint import Checkpoint
     from highcamp.storage.store import Store
@@ -162,7 +167,7 @@ def look(store: Store, diary: Diary, *, hides_drafts: bool = True) -> Run:
         assert entry.state("schedule") == {"rate": 1 / entry.step}
         assert entry.metrics == {"val_loss": LOSSES.get(entry.step, 0.05)}
     if hides_drafts:
-        assert run.unreadable == []
+        assert run.unreadable == [], f"half of a save is seen: {run.unreadable}"
     _look_at_acknowledged(run, listed, diary)
     return run
 
@@ -213,3 +218,29 @@ def start_again(store: Store, diary: Diary, *, hides_drafts: bool = True) -> Non
     assert (run.best, run.last) == (entry, entry)
     assert leftovers(store) == []
     assert len({row.number for row in run.history.attempts}) == len(run.history.attempts)
+
+
+STORES: dict[str, Callable[[Path, int], Store]] = {
+    "memory": lambda _, n: MemoryStore(str(n)),
+    "local": lambda place, n: LocalStore(place / str(n)),
+}
+
+
+def fail_at_each(make_store: Callable[[int], Store], *, torn: bool, forever: bool) -> list[str]:
+    """Fail operation 1, 2, 3, … of the work and look after each; returns the operations of the run that went through."""
+    for n in itertools.count(1):
+        real, diary = make_store(n), Diary()
+        hides_drafts = isinstance(real, LocalStore)
+        prepare(real, diary)
+        store = FaultyStore(real, fail_at=n, torn=torn, forever=forever)
+        try:
+            work(store, diary)
+            look(real, diary, hides_drafts=hides_drafts)
+            start_again(real, diary, hides_drafts=hides_drafts)
+        except Exception as problem:
+            what = store.operations[n - 1] if store.failed else "nothing"
+            problem.add_note(f"after operation {n} had failed ({what}); {'; '.join(diary.lines)}")
+            raise
+        if not store.failed:
+            return store.operations
+    raise AssertionError("it ends when the work goes through")

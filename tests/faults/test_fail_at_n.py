@@ -16,46 +16,23 @@ from highcamp.storage.local import LocalStore
 from highcamp.storage.memory import MemoryStore
 from highcamp.testing import FaultyStore
 
-STORES = {"memory": lambda _, n: MemoryStore(str(n)), "local": lambda place, n: LocalStore(place / str(n))}
-
-
-def fail_at_each(make_store, *, torn, forever, error=None, errors=scene.STORAGE_ERRORS):
-    """Fail operation 1, 2, 3, … of the work and look after each; returns the operations of the run that went through."""
-    for n in itertools.count(1):
-        real, diary = make_store(n), scene.Diary()
-        hides_drafts = isinstance(real, LocalStore)
-        scene.prepare(real, diary)
-        store = FaultyStore(real, fail_at=n, torn=torn, forever=forever, error=error)
-
-        try:
-            scene.work(store, diary, errors)
-            scene.look(real, diary, hides_drafts=hides_drafts)
-            scene.start_again(real, diary, hides_drafts=hides_drafts)
-        except Exception as problem:
-            what = store.operations[n - 1] if store.failed else "nothing"
-            problem.add_note(f"after operation {n} had failed ({what}); {'; '.join(diary.lines)}")
-            raise
-        if not store.failed:
-            return store.operations
-
-
 @pytest.mark.parametrize("forever", [False, True], ids=["once", "for_ever"])
 @pytest.mark.parametrize("torn", [False, True], ids=["clean", "torn"])
-@pytest.mark.parametrize("kind", STORES)
+@pytest.mark.parametrize("kind", scene.STORES)
 def test_a_failure_anywhere_loses_nothing_acknowledged(place, kind, torn, forever):
     """Disks fail and processes die at any operation of a save, a prune or a pin; what was promised before must stay."""
-    operations = fail_at_each(lambda n: STORES[kind](place, n), torn=torn, forever=forever)
+    operations = scene.fail_at_each(lambda n: scene.STORES[kind](place, n), torn=torn, forever=forever)
 
     assert len(operations) >= 45
     words = {operation.split()[0] for operation in operations}
     assert words == {"create", "draft", "publish", "withdraw", "remove", "replace", "append"}
 
 
-@pytest.mark.parametrize("kind", STORES)
+@pytest.mark.parametrize("kind", scene.STORES)
 def test_clean_up_on_base_exception(place, kind):
     """Ctrl-C and the panics of foreign libraries are no Exceptions; half a save must not stay behind either."""
     for n in itertools.count(1):
-        real = STORES[kind](place, n)
+        real = scene.STORES[kind](place, n)
         scene.prepare(real, scene.Diary())
         attempt = scene.begin(real)
         attempt._store = store = FaultyStore(real, fail_at=n, error=KeyboardInterrupt())
@@ -76,6 +53,7 @@ def train(store, *, epochs=4, on_error="raise", verbose=0):
     with Checkpointer(store, monitor="val_loss", keep=Keep(best=1, last=2), on_error=on_error, verbose=verbose) as saver:
         saver.track(model=weights)
         for epoch in saver.epochs(epochs):
+            saver._saver.raise_failed(wait=True)  # so that the operations come in the same order each time
             weights["kernel"] += np.random.random(4)  # noqa: NPY002
             saver.log(val_loss=abs(epoch - 1.5) + epoch / 10)
     return weights["kernel"]

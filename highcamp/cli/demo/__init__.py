@@ -1,0 +1,1 @@
+"""`highcamp demo`: the main job on real data, in a minute: train, be killed, go on, look at the result."""
