@@ -36,6 +36,9 @@ TEXT, QUIET, GRID, BAD = "#1b1f24", "#59636e", "#e4e8ec", "#cf222e"
 
 SPLITS = ("val_", "valid_", "validation_", "eval_", "test_")
 MAX_LABELED_RESTARTS = 6  # more words than that hide the curves; the lines stay
+MIN_POINTS_TO_CUT = 20  # of a shorter history every point counts
+BEGINNING = 10  # the first tenth is where losses fall steeply
+MIN_CUT = 4  # how many times less high the rest must be, before the beginning is cut
 _LABEL_GAP = 0.15  # of the axes' height: less, and two labels of two lines touch
 
 _STYLE: Mapping[str, Any] = {
@@ -145,7 +148,9 @@ class Picture:
         history, monitor = run.history, run.monitor
         logged = history.metrics
         if not logged:
-            raise InvalidArgument(f"{run.path} has no metrics to draw", path=run.path, hint="they come with the first epoch")
+            raise InvalidArgument(
+                f"{run.path} has no metrics to draw", path=run.path, hint="they come with the first epoch"
+            )
         if metric is not None and metric not in logged:
             raise InvalidArgument(
                 f"{run.path} has no metric {metric!r}", path=run.path, hint=f"there are {', '.join(logged)}"
@@ -157,7 +162,8 @@ class Picture:
         by_epoch = len(epochs) > 1
         rows = epochs if by_epoch else history.rows
         names = _pair(watched, logged)
-        training, validation = (_series(rows, name, kind, by_epoch=by_epoch) for name, kind in zip(names, (True, False), strict=True))
+        training = _series(rows, names[0], is_training=True, by_epoch=by_epoch)
+        validation = _series(rows, names[1], is_training=False, by_epoch=by_epoch)
         best = _best(monitor, rows, run, by_epoch=by_epoch) if monitor and monitor.metric == watched else None
         saved = _best_saved(monitor, run, by_epoch=by_epoch) if best and not best.is_saved and monitor else None
         words = f"monitor {monitor.metric} ({monitor.mode})" if monitor and monitor.metric == watched else watched
@@ -171,7 +177,9 @@ class Picture:
             best=best,
             best_saved=saved,
             restarts=[
-                (float(each.epoch if by_epoch else each.step), each.number) for each in history.attempts if each.number > 1
+                (float(each.epoch if by_epoch else each.step), each.number)
+                for each in history.attempts
+                if each.number > 1
             ],
             caption=f"{_best_words(best, 'epoch' if by_epoch else 'step', length)}highcamp {highcamp.__version__}",
         )
@@ -187,12 +195,14 @@ def _pair(metric: str, logged: Sequence[str]) -> tuple[str | None, str | None]:
     return metric, next((f"{prefix}{stem}" for prefix in SPLITS if f"{prefix}{stem}" in logged), None)
 
 
-def _series(rows: Sequence[Row], name: str | None, is_training: bool, *, by_epoch: bool) -> Series | None:  # noqa: FBT001
+def _series(rows: Sequence[Row], name: str | None, *, is_training: bool, by_epoch: bool) -> Series | None:
     if name is None:
         return None
     points = [(float(row.epoch if by_epoch else row.step), row.metrics[name]) for row in rows if name in row.metrics]
     kind = "training" if is_training else "validation"
-    return Series(name, f"{kind} {_short(name)}", TRAINING if is_training else VALIDATION, points, is_dashed=is_training)
+    return Series(
+        name, f"{kind} {_short(name)}", TRAINING if is_training else VALIDATION, points, is_dashed=is_training
+    )
 
 
 def _monitor_of(metric: str) -> Monitor | None:
@@ -261,7 +271,11 @@ def _draw_series(axes: Axes, series: Series) -> None:
     axes.plot(xs, ys, color=series.color, linewidth=1.3 if series.is_dashed else 2.0, linestyle=line, zorder=3)
     finite = [math.isfinite(y) for y in ys]
     # Points that no line reaches: alone between gaps, or the only one.
-    alone = [n for n, is_there in enumerate(finite) if is_there and not any(finite[max(0, n - 1) : n] + finite[n + 1 : n + 2])]
+    alone = [
+        n
+        for n, is_there in enumerate(finite)
+        if is_there and not any(finite[max(0, n - 1) : n] + finite[n + 1 : n + 2])
+    ]
     axes.plot([xs[n] for n in alone], [ys[n] for n in alone], ".", color=series.color, markersize=4, zorder=3)
 
 
@@ -276,9 +290,29 @@ def _limit(axes: Axes, shown: Sequence[Series]) -> None:
         axes.set_ylim(0, 1)
         axes.set_yticks([])
         return
-    low, high = min(ys), max(ys)
+    low, high = _heights(shown)
     height = (high - low) or abs(high) or 1.0
     axes.set_ylim(low - 0.10 * height, high + 0.10 * height)
+    beyond = {series.name: [point for point in series.finite if not low <= point[1] <= high] for series in shown}
+    farthest = {name: max(points, key=lambda point: abs(point[1] - low)) for name, points in beyond.items() if points}
+    if farthest:
+        is_above = any(y > high for _, y in farthest.values())
+        values = " and ".join(f"{_short(name, 24)} {y:.4g} (at {x:g})" for name, (x, y) in farthest.items())
+        words = f"{'above' if is_above else 'below'} what is shown: {values}"
+        _words(axes, 0.995, 0.95 if is_above else 0.05, words, QUIET, ha="right", transform=axes.transAxes)
+
+
+def _heights(shown: Sequence[Series]) -> tuple[float, float]:
+    """(lowest, highest) value to show. A steep beginning that would flatten all the rest is cut, and said in words."""
+    ys = [y for series in shown for _, y in series.finite]
+    longest = max(len(series.points) for series in shown)
+    later = [y for series in shown for _, y in series.finite[longest // BEGINNING :]]
+    if longest < MIN_POINTS_TO_CUT or not later:
+        return min(ys), max(ys)
+    low, high = min(later), max(later)
+    if max(ys) - min(ys) <= MIN_CUT * (high - low):
+        return min(ys), max(ys)
+    return low, high
 
 
 def _mark_restarts(axes: Axes, picture: Picture) -> None:
@@ -303,8 +337,9 @@ def _mark_nan(axes: Axes, shown: Sequence[Series]) -> None:
     """A cross at the lower edge where a value is NaN or infinite; the word once per curve and stretch."""
     for series in shown:
         places = [x for x, y in series.points if not math.isfinite(y)]
-        transform = axes.get_xaxis_transform()
-        axes.plot(places, [0.03] * len(places), "x", color=BAD, markersize=4.5, markeredgewidth=1.4, transform=transform, zorder=4)
+        low = [0.03] * len(places)
+        edge = axes.get_xaxis_transform()
+        axes.plot(places, low, "x", color=BAD, markersize=4.5, markeredgewidth=1.4, transform=edge, zorder=4)
         if places:
             _words(axes, places[-1], 0.03, f"  NaN {_short(series.name, 24)}", BAD)
 
@@ -355,7 +390,11 @@ def _room(axes: Axes, picture: Picture, best: Mark, *, is_left: bool, is_low: bo
         if reach[0] <= x <= reach[1]
     )
     at, step = (18.0, 4.0) if is_low else (-18.0, -4.0)
-    limit = (top - best.y) / (top - bottom) * points_high - 8 if is_low else (bottom - best.y) / (top - bottom) * points_high + 8
+    limit = (
+        (top - best.y) / (top - bottom) * points_high - 8
+        if is_low
+        else (bottom - best.y) / (top - bottom) * points_high + 8
+    )
     while abs(at) < abs(limit):
         if all(abs(height - at) > 9 for height in heights):
             return at

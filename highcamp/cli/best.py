@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 @command(epilog="For example: cp $(highcamp best runs/digits)/model.safetensors .")
 @click.argument("run", required=False)
 @click.option("--metric", metavar="NAME", help="Rank by this metric instead of the monitored one.")
-@click.option("--mode", type=click.Choice(["auto", "min", "max"]), default="auto", help="Whether less or more is better.")
+@click.option(
+    "--mode", type=click.Choice(["auto", "min", "max"]), default="auto", help="Whether less or more is better."
+)
 def best(output: Output, run: str | None, metric: str | None, mode: str) -> int:
     """Print the path of the best checkpoint of RUN alone on stdout, and why it is the best on stderr."""
     found = find_run(run)
@@ -30,7 +32,9 @@ def best(output: Output, run: str | None, metric: str | None, mode: str) -> int:
     seen = look(found, asked)
     if seen.monitor is None:
         raise CheckpointNotFound(
-            f"{found.path} has no best: no metric is monitored", path=found.path, hint="name one, such as --metric val_loss"
+            f"{found.path} has no best: no metric is monitored",
+            path=found.path,
+            hint="name one, such as --metric val_loss",
         )
     if seen.best is None:
         raise CheckpointNotFound(
@@ -42,7 +46,9 @@ def best(output: Output, run: str | None, metric: str | None, mode: str) -> int:
         output.json("best/1", run=found.path, monitor=monitor_facts(seen.monitor), **seen.facts(seen.best))
         return 0
     output.line(plain(seen.best.path))
-    output.message(reason(seen.best.epoch, seen.best.step, seen.monitor, seen.value(seen.best.metrics), len(seen.ranked)))
+    output.message(
+        reason(seen.best.epoch, seen.best.step, seen.monitor, seen.value(seen.best.metrics), len(seen.ranked))
+    )
     return 0
 
 

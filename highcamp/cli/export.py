@@ -27,8 +27,12 @@ LOADING_LINES = {
 
 @command(epilog="For example: highcamp export runs/digits@best -o model.safetensors")
 @click.argument("target", metavar="[RUN[@REF]]", required=False)
-@click.option("-o", "--output", "file", metavar="FILE", required=True, help="By its suffix: " + ", ".join(LOADING_LINES) + ".")
-@click.option("--object", "object_name", metavar="NAME", default="model", show_default=True, help="Which tracked object.")
+@click.option(
+    "-o", "--output", "file", metavar="FILE", required=True, help="By its suffix: " + ", ".join(LOADING_LINES) + "."
+)
+@click.option(
+    "--object", "object_name", metavar="NAME", default="model", show_default=True, help="Which tracked object."
+)
 @click.option("--force", is_flag=True, help="Replace FILE if it exists.")
 def export(output: Output, target: str | None, file: str, object_name: str, force: bool) -> int:  # noqa: FBT001
     """Verify a checkpoint, @best by default, then write its weights to FILE, and print the line that loads them."""
@@ -47,7 +51,9 @@ def export(output: Output, target: str | None, file: str, object_name: str, forc
             loading_line=loading_line(written),
         )
     else:
-        output.message(f"verified {entry.name} (epoch {entry.epoch}), wrote {plain(shown_path(written))}, {size(size_bytes)}")
+        output.message(
+            f"verified {entry.name} (epoch {entry.epoch}), wrote {plain(shown_path(written))}, {size(size_bytes)}"
+        )
         output.line(plain(loading_line(written)))
     return 0
 

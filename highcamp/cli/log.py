@@ -32,7 +32,9 @@ def log(output: Output, run: str | None, limit: int | None, metrics: tuple[str, 
     names = ordered_metrics(seen)
     for name in metrics:
         if name not in names:
-            raise InvalidArgument(f"no metric {name!r} in {seen.run.path}", hint=f"there are {', '.join(names) or 'none'}")
+            raise InvalidArgument(
+                f"no metric {name!r} in {seen.run.path}", hint=f"there are {', '.join(names) or 'none'}"
+            )
     rows = seen.epochs[-limit:] if limit else seen.epochs
     if output.as_json:
         output.json(
@@ -84,13 +86,15 @@ def history_table(seen: Look, rows: Sequence[Row], names: Sequence[str]) -> Tabl
     )
 
 
-def restart_line(seen: Look, attempt: Attempt) -> str:
-    """A restart in words."""
+def restart_words(seen: Look, attempt: Attempt) -> str:
+    """How the attempt before ended, and where this one goes on."""
     before = [each for each in seen.history.attempts if each.number < attempt.number]
     how = ENDINGS.get(before[-1].ended, "stopped") if before else "stopped"
-    origin = f"resumed from {plain(attempt.resumed_from)}, epoch {attempt.epoch}" if attempt.resumed_from else "began anew"
+    origin = (
+        f"resumed from {plain(attempt.resumed_from)}, epoch {attempt.epoch}" if attempt.resumed_from else "began anew"
+    )
     batch = f", batch {attempt.batch}" if attempt.batch else ""
-    return f"--- {how}; attempt {attempt.number} {origin}{batch} ---"
+    return f"{how}; attempt {attempt.number} {origin}{batch}"
 
 
 def _restarts(seen: Look, rows: Sequence[Row]) -> dict[int, list[str]]:
@@ -100,7 +104,7 @@ def _restarts(seen: Look, rows: Sequence[Row]) -> dict[int, list[str]]:
     for attempt in seen.history.attempts:
         if attempt.number > first:
             at = next((n for n, row in enumerate(rows) if row.attempt >= attempt.number), len(rows))
-            notes.setdefault(at, []).append(restart_line(seen, attempt))
+            notes.setdefault(at, []).append(f"--- {restart_words(seen, attempt)} ---")
     return notes
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from dataclasses import dataclass
@@ -85,7 +86,7 @@ class Look:
         return list(self.plan.keep.get(name, ()))
 
     def state(self, name: str) -> str:
-        """"committed", or what a look at the sizes found: missing, truncated, altered, foreign."""
+        """ "committed", or what a look at the sizes found: missing, truncated, altered, foreign."""
         check = self.checks[name]
         return COMMITTED if check.ok else check.state
 
@@ -130,7 +131,7 @@ class Look:
             return None
         # The steep beginning is progress, not noise; the second half tells more.
         tail = values[len(values) // 2 :]
-        steps = [after - before for before, after in zip(tail, tail[1:], strict=False)]
+        steps = [after - before for before, after in itertools.pairwise(tail)]
         middle = statistics.median(steps)
         return 2 * 1.4826 * statistics.median(abs(step - middle) for step in steps)
 

@@ -26,9 +26,12 @@ if TYPE_CHECKING:
     from highcamp.run.checkpoint import Checkpoint
 
 COMPARISONS: dict[str, Callable[[float, float], bool]] = {
-    "<=": operator.le, ">=": operator.ge, "!=": operator.ne, "==": operator.eq, "=": operator.eq, "<": operator.lt, ">": operator.gt,
+    "<=": operator.le, ">=": operator.ge, "!=": operator.ne, "==": operator.eq, "=": operator.eq,
+    "<": operator.lt, ">": operator.gt,
 }  # fmt: skip
-_CONDITION = re.compile(r"\s*(?P<name>[^<>=!\s]+)\s*(?P<sign><=|>=|!=|==|=|<|>)\s*(?P<number>\S+)\s*\Z")
+_CONDITION = re.compile(
+    r"\s*(?P<name>[^<>=!\s]+)\s*(?P<sign><=|>=|!=|==|=|<|>)\s*(?P<number>[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*\Z"
+)
 PLACES = ("step", "epoch", "size", "saved")
 FEW_METRICS = 3  # on a terminal, unless they are named: monitored, its counterpart, one more
 
@@ -42,7 +45,9 @@ FEW_METRICS = 3  # on a terminal, unless they are named: monitored, its counterp
 @click.option("--reverse", is_flag=True, help="The other way round.")
 @click.option("-n", "limit", type=click.IntRange(min=1), metavar="N", help="At most N rows.")
 @click.option("--metric", "metrics", multiple=True, metavar="NAME", help="Show this metric; may be repeated.")
-@click.option("--where", "conditions", multiple=True, metavar="CONDITION", help="Such as 'val_loss<0.3' or 'epoch>=10'.")
+@click.option(
+    "--where", "conditions", multiple=True, metavar="CONDITION", help="Such as 'val_loss<0.3' or 'epoch>=10'."
+)
 def ls(
     output: Output,
     run: str | None,
@@ -62,7 +67,9 @@ def ls(
     names = ordered_metrics(seen)
     for name in metrics:
         if name not in names:
-            raise InvalidArgument(f"no metric {name!r} in {seen.run.path}", hint=f"there are {', '.join(names) or 'none'}")
+            raise InvalidArgument(
+                f"no metric {name!r} in {seen.run.path}", hint=f"there are {', '.join(names) or 'none'}"
+            )
     rows = _sorted(seen, sort, names)
     rows = [each for each in rows if all(_holds(each, condition, names) for condition in conditions)]
     rows = (rows[::-1] if reverse else rows)[:limit]
@@ -88,11 +95,15 @@ def headline(seen: Look) -> list[str]:
         parts.append(f"monitor {plain(seen.monitor.metric)} ({seen.monitor.mode})")
     attempts = f" in {count(len(seen.history.attempts), 'attempt')}" if len(seen.history.attempts) > 1 else ""
     parts.append(count(seen.epoch, "epoch") + attempts)
-    parts.append(f"{count(len(seen.checkpoints), 'checkpoint')}, {size(sum(each.size_bytes for each in seen.checkpoints))}")
+    parts.append(
+        f"{count(len(seen.checkpoints), 'checkpoint')}, {size(sum(each.size_bytes for each in seen.checkpoints))}"
+    )
     return [*parts, seen.state_of_run]
 
 
-def _print_checkpoints(output: Output, seen: Look, rows: Sequence[Checkpoint], names: list[str], *, all_metrics: bool) -> None:
+def _print_checkpoints(
+    output: Output, seen: Look, rows: Sequence[Checkpoint], names: list[str], *, all_metrics: bool
+) -> None:
     shown = names if all_metrics or not output.is_terminal else names[:FEW_METRICS]
     if seen.monitor and seen.monitor.metric not in shown:
         shown = [seen.monitor.metric, *shown]
@@ -110,14 +121,22 @@ def _print_checkpoints(output: Output, seen: Look, rows: Sequence[Checkpoint], n
             )
             for name in shown
         ),
-        Column("SIZE", [size(each.size_bytes) for each in rows], [str(each.size_bytes) for each in rows], right=True, drop=3),
+        Column(
+            "SIZE",
+            [size(each.size_bytes) for each in rows],
+            [str(each.size_bytes) for each in rows],
+            right=True,
+            drop=3,
+        ),
         Column(
             "SAVED",
             [age((seen.at - each.created_at).total_seconds()) for each in rows],
             [format_time(each.created_at) for each in rows],
             drop=4,
         ),
-        Column("KEPT BECAUSE", [", ".join(seen.reasons(each.name)) or "not pruned yet" for each in rows], flexible=True),
+        Column(
+            "KEPT BECAUSE", [", ".join(seen.reasons(each.name)) or "not pruned yet" for each in rows], flexible=True
+        ),
         Column("STATE", [seen.state(each.name) for each in rows], drop=5),  # what is damaged is said below in any case
     ]
     if output.is_terminal:
@@ -197,18 +216,14 @@ def _quantity(each: Checkpoint, name: str) -> float | None:
 
 def _holds(each: Checkpoint, condition: str, names: Sequence[str]) -> bool:
     match = _CONDITION.match(condition)
-    try:
-        if match is None:
-            raise ValueError
-        limit = float(match["number"])
-    except ValueError:
-        raise InvalidArgument(f"--where {condition!r} is no condition", hint="for example --where 'val_loss<0.3'") from None
+    if match is None:
+        raise InvalidArgument(f"--where {condition!r} is no condition", hint="for example --where 'val_loss<0.3'")
     if match["name"] not in PLACES and match["name"] not in names:
         raise InvalidArgument(
             f"--where {condition!r}: there is no {match['name']!r}", hint=f"there are {', '.join([*PLACES, *names])}"
         )
     value = _quantity(each, match["name"])
-    return value is not None and COMPARISONS[match["sign"]](value, limit)
+    return value is not None and COMPARISONS[match["sign"]](value, float(match["number"]))
 
 
 def _list_runs(output: Output, directory: Path, paths: Sequence[Path], limit: int | None) -> None:
@@ -252,6 +267,5 @@ def _short(seen: Look, each: Checkpoint | None) -> dict[str, Any] | None:
     if each is None:
         return None
     value = seen.value(each.metrics)
-    return {"name": each.name, "epoch": each.epoch, "step": each.step, **number_facts("value", value), **metric_facts(each.metrics)}
-
-
+    place = {"name": each.name, "epoch": each.epoch, "step": each.step}
+    return {**place, **number_facts("value", value), **metric_facts(each.metrics)}

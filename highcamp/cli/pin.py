@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from highcamp.cli.output import Output
 
 
-@command(epilog="For example: highcamp pin runs/digits@best paper. A pin has letters, digits, dot, dash and underscore.")
+@command(
+    epilog="For example: highcamp pin runs/digits@best paper. A pin has letters, digits, dot, dash and underscore."
+)
 @click.argument("target", metavar="RUN@REF")
 @click.argument("name")
 def pin(output: Output, target: str, name: str) -> int:

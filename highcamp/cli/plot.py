@@ -20,7 +20,9 @@ FILE_NAME = "curve.png"
 
 @command(epilog="Needs matplotlib: pip install 'highcamp[plot]'.")
 @click.argument("run", required=False)
-@click.option("-o", "--output", "file", metavar="FILE", help=f"PNG, SVG or PDF by suffix; {FILE_NAME} in the run by default.")
+@click.option(
+    "-o", "--output", "file", metavar="FILE", help=f"PNG, SVG or PDF by suffix; {FILE_NAME} in the run by default."
+)
 @click.option("--metric", metavar="NAME", help="Draw this metric instead of the monitored one.")
 def plot(output: Output, run: str | None, file: str | None, metric: str | None) -> int:
     """Draw the training and validation curves of RUN, the best epoch and the restarts marked; prints the path."""

@@ -59,12 +59,12 @@ class Program(click.Group):
     """The group of all commands: imports the one that is called, and no other."""
 
     @override
-    def list_commands(self, ctx: click.Context) -> list[str]:
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
         """All names, in the order of COMMANDS."""
         return list(COMMANDS)
 
     @override
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
         """The command of that name, imported now."""
         if cmd_name not in COMMANDS:
             return None
@@ -86,7 +86,7 @@ class Program(click.Group):
         return super().resolve_command(ctx, args)
 
     @override
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         """The list in the help, without importing a single command."""
         with formatter.section("Commands"):
             formatter.write_dl([(name, line) for name, (_, _, line) in COMMANDS.items()])
@@ -123,9 +123,7 @@ def program(context: click.Context) -> None:
         print_status(Output())
 
 
-def command(
-    *, header: bool = False, epilog: str | None = None
-) -> Callable[[Callable[..., int | None]], click.Command]:
+def command(*, header: bool = False, epilog: str | None = None) -> Callable[[Callable[..., int | None]], click.Command]:
     """A command whose function gets an Output first and returns its exit code; adds the options that all share.
 
     header: whether it prints a table, so that `--header` makes sense.
@@ -139,7 +137,9 @@ def command(
         shared = [
             click.option("--debug", is_flag=True, help="Show the whole trace-back of an error."),
             click.option("-q", "--quiet", is_flag=True, help="No messages, no hints; data and errors only."),
-            click.option("--json", "as_json", is_flag=True, help="JSON instead of a table; fields are only ever added."),
+            click.option(
+                "--json", "as_json", is_flag=True, help="JSON instead of a table; fields are only ever added."
+            ),
         ]
         if header:
             shared.append(click.option("--header", is_flag=True, help="Column titles in pipes too."))

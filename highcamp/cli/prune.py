@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from highcamp.cli.output import Output
     from highcamp.run.run import Run
 
+LOUD = {"remove": "REMOVE"}  # on a terminal; a word that is read past is no warning
+
 
 @command(
     header=True,
@@ -28,8 +30,12 @@ if TYPE_CHECKING:
 @click.argument("run", required=False)
 @click.option("--best", type=click.IntRange(min=0), metavar="N", help="Keep the N best.")
 @click.option("--last", type=click.IntRange(min=0), metavar="N", help="Keep the N last.")
-@click.option("--every-steps", type=click.IntRange(min=1), metavar="N", help="Keep those whose step is a multiple of N.")
-@click.option("--every-epochs", type=click.IntRange(min=1), metavar="N", help="Keep those whose epoch is a multiple of N.")
+@click.option(
+    "--every-steps", type=click.IntRange(min=1), metavar="N", help="Keep those whose step is a multiple of N."
+)
+@click.option(
+    "--every-epochs", type=click.IntRange(min=1), metavar="N", help="Keep those whose epoch is a multiple of N."
+)
 @click.option("--empty-trash", is_flag=True, help="Remove for good what is in the trash, and prune nothing.")
 @click.option("--apply", "is_applied", is_flag=True, help="Do it.")
 def prune(
@@ -83,7 +89,7 @@ def prune(
                 [
                     Column("CHECKPOINT", [each.name for each in rows], drop=0),
                     Column("EPOCH", [str(each.epoch) for each in rows], right=True),
-                    Column("VERDICT", [verdict.upper() if verdict == "remove" else verdict for verdict in verdicts], verdicts, drop=0),
+                    Column("VERDICT", [LOUD.get(verdict, verdict) for verdict in verdicts], verdicts, drop=0),
                     Column("BECAUSE", reasons, drop=0, flexible=True),
                     Column("FREES", [size(n) if n else MISSING for n in frees], [str(n) for n in frees], right=True),
                 ],
@@ -93,10 +99,16 @@ def prune(
     if not plan.remove:
         output.message("nothing to remove" if rows else "no checkpoints yet")
     elif is_applied:
-        output.message(f"{count(len(plan.remove), 'checkpoint')} moved to the trash; {size(freed)} come free when it is emptied")
-        output.hint(f"highcamp undelete {refer(found, plan.remove[-1])}", f"highcamp prune {refer(found)} --empty-trash")
+        output.message(
+            f"{count(len(plan.remove), 'checkpoint')} moved to the trash; {size(freed)} come free when it is emptied"
+        )
+        output.hint(
+            f"highcamp undelete {refer(found, plan.remove[-1])}", f"highcamp prune {refer(found)} --empty-trash"
+        )
     else:
-        output.message(f"nothing was changed; --apply moves {count(len(plan.remove), 'checkpoint')}, {size(freed)}, to the trash")
+        output.message(
+            f"nothing was changed; --apply moves {count(len(plan.remove), 'checkpoint')}, {size(freed)}, to the trash"
+        )
     return 0
 
 
@@ -129,8 +141,9 @@ def _empty_trash(output: Output, run: Run, *, is_applied: bool) -> int:
                 ]
             )
         )
-        done = "freed" if is_applied else "nothing was changed; --apply frees"
-        output.message(f"{size(total)} freed" if is_applied else f"{done} {size(total)}, for good")
+        output.message(
+            f"{size(total)} freed" if is_applied else f"nothing was changed; --apply frees {size(total)}, for good"
+        )
     else:
         output.message("the trash is empty")
     return 0

@@ -42,7 +42,9 @@ def rm(output: Output, targets: tuple[str, ...], is_applied: bool) -> int:  # no
         output.json(
             "rm/1",
             applied=is_applied,
-            items=[{"run": run.path, "name": entry.name, "frees_bytes": entry.size_bytes} for run, entry in chosen.values()],
+            items=[
+                {"run": run.path, "name": entry.name, "frees_bytes": entry.size_bytes} for run, entry in chosen.values()
+            ],
             removed=removed,
             failures=failures,
         )
@@ -54,21 +56,29 @@ def rm(output: Output, targets: tuple[str, ...], is_applied: bool) -> int:  # no
         if is_applied:
             run, entry = next(iter(chosen.values()))
             output.message(f"{len(removed)} of {count(len(chosen), 'checkpoint')} moved to the trash")
-            output.hint(f"highcamp undelete {refer(run, entry.name)}", f"highcamp prune {refer(run)} --empty-trash --apply")
+            output.hint(
+                f"highcamp undelete {refer(run, entry.name)}", f"highcamp prune {refer(run)} --empty-trash --apply"
+            )
         else:
-            output.message(f"nothing was changed; --apply moves {count(len(chosen), 'checkpoint')}, {size(total)}, to the trash")
+            output.message(
+                f"nothing was changed; --apply moves {count(len(chosen), 'checkpoint')}, {size(total)}, to the trash"
+            )
     return FAILED if failures else 0
 
 
 @command(epilog="Without a name after the @, or without an argument, it lists what is in the trash.")
 @click.argument("targets", metavar="[RUN@NAME...]", nargs=-1)
-@click.option("--apply", "is_applied", is_flag=True, hidden=True, help="Accepted as in rm; bringing back needs no asking.")
+@click.option(
+    "--apply", "is_applied", is_flag=True, hidden=True, help="Accepted as in rm; bringing back needs no asking."
+)
 def undelete(output: Output, targets: tuple[str, ...], is_applied: bool) -> int:  # noqa: ARG001, FBT001
     """Bring checkpoints back from the trash by the name they had; without one, list what is there."""
     found = [find_target(argument) for argument in targets] or [find_target(None)]
     if any(target.reference is None for target in found):
         if len(found) > 1:
-            raise InvalidArgument("undelete was given a run without a name", hint="for example runs/digits@step-00000450")
+            raise InvalidArgument(
+                "undelete was given a run without a name", hint="for example runs/digits@step-00000450"
+            )
         _list_trash(output, found[0].run)
         return 0
     returned: list[dict[str, str]] = []
@@ -117,5 +127,3 @@ def _refuse_protected(run: Run, entry: Checkpoint) -> None:
             path=entry.path,
             hint="the best, the last, the one resumed from and pinned checkpoints are not removed",
         )
-
-

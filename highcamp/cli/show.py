@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from highcamp.cli.arguments import find_target, refer, shown_path
-from highcamp.cli.log import attempt_facts, restart_line
+from highcamp.cli.log import attempt_facts, restart_words
 from highcamp.cli.look import look, monitor_facts
 from highcamp.cli.program import command
 from highcamp.cli.table import Column, Table
@@ -79,8 +79,8 @@ def _show_run(output: Output, seen: Look) -> None:
     if run.trash:
         facts.append(("trash", ", ".join(sorted(run.trash.values()))))
     for attempt in seen.history.attempts:
-        began = format_time(attempt.started_at)
-        facts.append(("attempt", f"{attempt.number}: {began}" + ("" if attempt.number == 1 else f" {restart_line(seen, attempt)}")))
+        how = "" if attempt.number == 1 else f"  {restart_words(seen, attempt)}"
+        facts.append(("attempt", f"{attempt.number}  {format_time(attempt.started_at)}{how}"))
     _print_facts(output, facts)
     output.hint(f"highcamp ls {refer(run)}".rstrip(), f"highcamp show {refer(run, 'best' if seen.best else 'last')}")
 
@@ -123,8 +123,7 @@ def _show_checkpoint(output: Output, seen: Look, entry: Checkpoint, *, layers: b
             )
         )
         return
-    batch = f", and {count(entry.batch, 'batch')[:-1]}es of the next" if entry.batch > 1 else ""
-    batch = ", and 1 batch of the next" if entry.batch == 1 else batch
+    batch = f", and {entry.batch} batch{'' if entry.batch == 1 else 'es'} of the next" if entry.batch else ""
     saved = f"{format_time(entry.created_at)}"
     if output.is_terminal:
         saved += f" ({age((seen.at - entry.created_at).total_seconds())} ago)"
@@ -147,13 +146,17 @@ def _show_checkpoint(output: Output, seen: Look, entry: Checkpoint, *, layers: b
         ("written with", ", ".join(f"{name} {version}" for name, version in entry.versions.items()) or MISSING),
     ]
     _print_facts(output, facts)
-    output.hint(f"highcamp verify {refer(seen.run, entry.name)}", f"highcamp show {refer(seen.run, entry.name)} --layers")
+    output.hint(
+        f"highcamp verify {refer(seen.run, entry.name)}", f"highcamp show {refer(seen.run, entry.name)} --layers"
+    )
 
 
 def _print_facts(output: Output, facts: list[tuple[str, str]]) -> None:
     """A name and a value per line; tab-separated in a pipe."""
     if not output.is_terminal:
-        output.table(Table([Column("FACT", [name for name, _ in facts]), Column("VALUE", [value for _, value in facts])]))
+        output.table(
+            Table([Column("FACT", [name for name, _ in facts]), Column("VALUE", [value for _, value in facts])])
+        )
         return
     width = max(len(plain(name)) for name, _ in facts)
     for name, value in facts:

@@ -33,7 +33,9 @@ _UNIT_SECONDS = {None: 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 @command(header=True, epilog="Exit code 1 if anything is not as it was committed, 3 if the time was too short for all.")
 @click.argument("run", metavar="[RUN[@REF]]", required=False)
 @click.option("--quick", is_flag=True, help="Compare names and sizes only; read nothing.")
-@click.option("--max-duration", metavar="TIME", help="Begin no further checkpoint after this time, such as 60s or 5min.")
+@click.option(
+    "--max-duration", metavar="TIME", help="Begin no further checkpoint after this time, such as 60s or 5min."
+)
 @click.option("--fail-fast", is_flag=True, help="Stop at the first finding.")
 def verify(output: Output, run: str | None, quick: bool, max_duration: str | None, fail_fast: bool) -> int:  # noqa: FBT001
     """Compare every byte of a checkpoint, or of all of RUN, with its digest, and name what is damaged; repairs nothing."""
@@ -112,7 +114,9 @@ def _print(output: Output, results: Sequence[Verification]) -> None:
                     right=True,
                 ),
                 Column("FILE", [finding.file if finding else MISSING for _, finding in rows]),
-                Column("TENSOR", [(finding.tensor if finding else None) or MISSING for _, finding in rows], flexible=True),
+                Column(
+                    "TENSOR", [(finding.tensor if finding else None) or MISSING for _, finding in rows], flexible=True
+                ),
             ],
             styles=["red" if finding else "" for _, finding in rows],
         )
@@ -129,7 +133,9 @@ def _summarize(output: Output, target: Target, results: Sequence[Verification], 
     output.message(f"{whole} of {count(len(results), 'checkpoint')} whole, {how}{rest}")
     damaged = any(result.state not in ("whole", "foreign") for result in results)
     if damaged and target.run.last is not None:
-        output.message(f"nothing was changed; training resumes from {target.run.last.name}, or from the newest whole one")
+        output.message(
+            f"nothing was changed; training resumes from {target.run.last.name}, or from the newest whole one"
+        )
         output.hint(f"highcamp ls {refer(target.run)}".rstrip())
 
 

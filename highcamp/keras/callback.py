@@ -16,6 +16,7 @@ from highcamp.errors import InvalidArgument, InvalidState
 from highcamp.keras import state
 from highcamp.keras.dataset import EpochDataset
 from highcamp.keras.midway import Midway
+from highcamp.keras.model_checkpoint import compiled_metrics
 from highcamp.keras.numbers import as_number
 from highcamp.keras.siblings import Siblings
 from highcamp.policy.cadence import Every
@@ -165,7 +166,7 @@ class CheckpointCallback(keras.callbacks.Callback):
         self._batches_seen = 0
         midway, self._midway = self._midway, None
         if midway is not None:
-            checkpointer.progress._resumed = None  # noqa: SLF001  (`Midway` goes on with the epoch, not `batches`)
+            checkpointer.progress.hand_over()  # `Midway` goes on with the epoch, not `batches`
             self._batches_seen = midway.position
             self._before = midway.before
             # Callbacks have begun this epoch a second time: a schedule has been applied to what it made before.
@@ -244,7 +245,7 @@ class CheckpointCallback(keras.callbacks.Callback):
             return None
         self._resumed = found
         if found.batch:
-            checkpointer.progress._resumed = None  # noqa: SLF001  (`Midway` goes on with the epoch, not `batches`)
+            checkpointer.progress.hand_over()  # `Midway` goes on with the epoch, not `batches`
             self._midway = Midway(self._loop["midway"], found.batch, random_state(), where=found.path)
         state.set_random_state(self._loop["random"])
         return found
@@ -329,6 +330,11 @@ class CheckpointCallback(keras.callbacks.Callback):
             raise InvalidArgument(
                 f"CheckpointCallback: fit has {steps} steps per epoch, data= has {len(self._data)} batches",
                 hint="pass the same EpochDataset to fit and to data=, without steps_per_epoch",
+            )
+        metric = self._monitor.metric if self._monitor is not None else None
+        if metric == "loss" or metric in [entry.name for entry in compiled_metrics(self.model)]:
+            self._say(
+                f"{metric} is a mean over the epoch, in which the weights change; the weights saved are those of its end"
             )
         if keras.backend.backend() == "tensorflow" and self._data is None and get_random_seed() is None:
             warnings.warn(

@@ -339,7 +339,7 @@ def _direction_of(monitor: str, model: Any) -> str | None:
     name = monitor.removeprefix("val_")
     if name == "loss":
         return "min"
-    for metric in _compiled_metrics(model):
+    for metric in compiled_metrics(model):
         if metric.name == name and getattr(metric, "_direction", None) is not None:
             return "max" if metric._direction == "up" else "min"  # noqa: SLF001
     try:
@@ -348,7 +348,7 @@ def _direction_of(monitor: str, model: Any) -> str | None:
         return None
 
 
-def _compiled_metrics(model: Any) -> list[Any]:
+def compiled_metrics(model: Any) -> list[Any]:
     """The metrics given to compile(), one by one: Keras keeps them in a container that is a metric itself."""
     found: list[Any] = []
     for metric in getattr(model, "metrics", ()):

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
     from highcamp.run.checkpoint import Checkpoint
 
-_RANKED = re.compile(r"(best|last)(?:~(\d{1,9}))?\Z")
-_COUNTED = re.compile(r"(step|epoch):(\d{1,16})\Z")
+_RANKED = re.compile(r"(best|last)(?:~([0-9]{1,9}))?\Z")
+_COUNTED = re.compile(r"(step|epoch):([0-9]{1,16})\Z")
 
 
 def resolve(

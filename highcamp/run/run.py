@@ -128,7 +128,9 @@ class Run:
         history = self.history
         found = []
         for name, manifest in sorted(self._readable()[0], key=lambda pair: pair[1].order):
-            metrics = {**manifest.values, **history.at_checkpoint(name, manifest.attempt, manifest.step)}
+            later = history.at_checkpoint(name, manifest.attempt, manifest.step)
+            # Completed, not replaced: another checkpoint of the same step has rows of its own in that place.
+            metrics = manifest.values | {key: value for key, value in later.items() if key not in manifest.metrics}
             found.append(Checkpoint(name, manifest, metrics, store=self.store))
         return found
 

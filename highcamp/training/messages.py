@@ -33,7 +33,9 @@ def two_numbers(one: float, other: float) -> tuple[str, str]:
     """Both with five decimals, or as many as it takes to tell them apart; exponents where decimals would be all zero."""
     for digits in range(5, 18):
         texts = (f"{one:.{digits}f}", f"{other:.{digits}f}")
-        if texts[0] != texts[1] and all(value == 0 or float(text) for value, text in zip((one, other), texts, strict=True)):
+        if texts[0] != texts[1] and all(
+            value == 0 or float(text) for value, text in zip((one, other), texts, strict=True)
+        ):
             return texts
     return (f"{one:.17g}", f"{other:.17g}") if one != other else (f"{one:.5f}", f"{other:.5f}")
 

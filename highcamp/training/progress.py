@@ -93,6 +93,10 @@ class Progress:
         if self.is_iterating and not self.is_counted:
             self.batch, self.step, self.is_counted = self.batch + 1, self.step + 1, True
 
+    def hand_over(self) -> None:
+        """A framework module goes on with the epoch that was resumed in its middle; `batches` is not needed for it."""
+        self._resumed = None
+
     def end_epoch(self, where: str) -> None:
         """An epoch is done. Raises Mismatch if it was resumed in its middle and not gone on with."""
         if self._resumed is not None:

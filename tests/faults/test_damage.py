@@ -589,31 +589,6 @@ def flip(file, at=-1):
     file.write_bytes(data)
 
 
-def test_same_step_again(path):
-    """Training falls back past a damaged step 3 and comes to step 3 again: the damaged one is not in the way."""
-    flip(checkpoint_of(path) / TENSORS)
-    damaged = (checkpoint_of(path) / TENSORS).read_bytes()
-
-    train(path, epochs=3)
-
-    run = highcamp.open(path)
-    assert [entry.name for entry in run.checkpoints] == ["step-00000001", OLDER, NEWEST, f"{NEWEST}.2"]
-    assert run.last.name == f"{NEWEST}.2"
-    assert run.last.verify().ok
-    assert (checkpoint_of(path) / TENSORS).read_bytes() == damaged
-
-
-def test_damaged_ones_do_not_count(path):
-    """Broken checkpoints must not push whole ones out of their places, and are not removed while somebody may save them."""
-    flip(checkpoint_of(path) / TENSORS)
-    os.truncate(checkpoint_of(path, "step-00000001") / TENSORS, 50)
-
-    train(path, epochs=5, keep=Keep(best=1, last=2))
-
-    run = highcamp.open(path)
-    whole = [entry.name for entry in run.checkpoints if entry.verify().ok]
-    assert whole == [OLDER, "step-00000004", "step-00000005"]
-    assert {"step-00000001", NEWEST} <= {entry.name for entry in run.checkpoints}
 
 
 def test_no_shared_fate(path):

@@ -142,7 +142,8 @@ sys.exit(2)
 
 
 @pytest.mark.parametrize(
-    "place", ["", "s3://bucket/run", "gs://bucket/run", "az://c/run", "http://host/run", "memory://", None, 3, b"run", "a\0b"]
+    "place",
+    ["", "s3://bucket/run", "gs://bucket/run", "az://c/run", "http://host/run", "memory://", None, 3, b"run", "a\0b"],
 )
 def test_no_silent_no_save(place):
     """A place that cannot be written to, and no word: no error and no file."""

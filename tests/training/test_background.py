@@ -228,7 +228,9 @@ def test_warn_goes_on_and_saves_again(failing, capsys):
 
 def test_warn_does_not_hide_what_is_no_failure_of_the_disk():
     """A bug, or Ctrl-C in the thread that writes, is no warning."""
-    checkpointer = Checkpointer(FaultyStore(MemoryStore(), fail_at=8, error=ZeroDivisionError()), on_error="warn", verbose=0)
+    checkpointer = Checkpointer(
+        FaultyStore(MemoryStore(), fail_at=8, error=ZeroDivisionError()), on_error="warn", verbose=0
+    )
 
     with pytest.raises(ZeroDivisionError):
         for step in range(9):
@@ -296,6 +298,7 @@ def test_ctrl_c_while_waiting_keeps_the_save():
 
 def test_a_pending_save_lets_go_of_its_memory():
     """Each Pending that somebody keeps would keep a copy of the model."""
+
     class Large:
         pass
 

@@ -75,7 +75,7 @@ def test_validation_freq_keeps_best(train, capsys):
 
     assert run.best.epoch == 2
     assert run.last.epoch == 5
-    assert capsys.readouterr().err.count("no \"val_loss\"") == 1
+    assert capsys.readouterr().err.count('no "val_loss"') == 1
 
 
 @pytest.mark.parametrize("torn", [False, True])
@@ -195,7 +195,9 @@ def test_a_metric_name_is_not_a_path(train, tmp_path):
 def test_step_cadence_with_best(where):
     """Saving by steps with a monitored metric: the peer ends with a TypeError in its first epoch."""
     weights = {"w": np.zeros(3)}
-    with Checkpointer(where, monitor="val_loss", every=Every(steps=3), keep=Keep(best=1, last=1), verbose=0) as checkpointer:
+    with Checkpointer(
+        where, monitor="val_loss", every=Every(steps=3), keep=Keep(best=1, last=1), verbose=0
+    ) as checkpointer:
         checkpointer.track(model=weights)
         for epoch in checkpointer.epochs(4):
             for _ in checkpointer.batches(range(6)):

@@ -198,7 +198,10 @@ def test_what_is_logged_within_an_epoch_is_not_the_epoch_before(open_loop):
             checkpointer.log(loss=10 - epoch)
 
     history = checkpointer.run.history
-    assert [(row.epoch, row.step, row.metrics) for row in history.epochs()] == [(1, 3, {"loss": 10}), (2, 6, {"loss": 9})]
+    assert [(row.epoch, row.step, row.metrics) for row in history.epochs()] == [
+        (1, 3, {"loss": 10}),
+        (2, 6, {"loss": 9}),
+    ]
     assert [(row.epoch, row.batch, row.step) for row in history.rows] == [
         (0, 1, 1), (0, 2, 2), (0, 3, 3), (1, 0, 3), (1, 1, 4), (1, 2, 5), (1, 3, 6), (2, 0, 6),
     ]  # fmt: skip
@@ -451,9 +454,7 @@ def test_a_complete_run_says_so_and_trains_nothing(open_loop, capsys):
     assert _train(again, weights, 3, range(2)) == []
 
     assert weights[0] == 6
-    assert capsys.readouterr().err == (
-        "Run is complete (3 of 3 epochs); nothing to train. epochs(13) would go on\n"
-    )
+    assert capsys.readouterr().err == ("Run is complete (3 of 3 epochs); nothing to train. epochs(13) would go on\n")
     assert again.run.is_complete
     assert len(again.run.checkpoints) == 3
 
@@ -468,9 +469,7 @@ def test_ended_run_can_go_on(open_loop, capsys):
 
     assert weights[0] == 12
     assert again.run.epochs_planned == 4
-    assert capsys.readouterr().err.startswith(
-        "Resumed from step-00000006 (epoch 2, attempt 2); 2 epochs to go\n"
-    )
+    assert capsys.readouterr().err.startswith("Resumed from step-00000006 (epoch 2, attempt 2); 2 epochs to go\n")
 
 
 def test_epochs_may_be_asked_for_again(open_loop):
@@ -528,6 +527,7 @@ def test_batches_not_trained_twice(open_loop, stop):
 
 def test_saving_by_hand_takes_the_batch_at_hand_as_done(open_loop):
     """After a restart, the batch after whose update was saved would be trained on a second time."""
+
     def script(stop_before=None):
         seen = []
         checkpointer, weights = open_loop(monitor="loss", every=Every(epochs=100))
@@ -610,7 +610,9 @@ def test_the_batches_that_follow_are_those_that_would_have_followed(open_loop, k
     assert rest == expected[stop:]
 
 
-@pytest.mark.parametrize("loader", [lambda: list(range(5)), lambda: iter(range(5)), Shuffled], ids=["list", "iter", "own"])
+@pytest.mark.parametrize(
+    "loader", [lambda: list(range(5)), lambda: iter(range(5)), Shuffled], ids=["list", "iter", "own"]
+)
 def test_data_that_end_before_the_resume_point_are_refused(open_loop, loader):
     """With fewer data than before, the epoch would end at once as if it were done."""
     checkpointer, weights = open_loop(every=Every(steps=1))

@@ -169,7 +169,7 @@ def test_a_failed_save_is_told_with_on_error_warn(capsys):
     ],
 )
 def test_two_values_are_told_apart(one, other, texts):
-    """"0.00004 improved to 0.00004"."""
+    """ "0.00004 improved to 0.00004"."""
     found = messages.two_numbers(one, other)
 
     assert found[0] != found[1]
@@ -177,7 +177,9 @@ def test_two_values_are_told_apart(one, other, texts):
     assert texts is None or found == texts
 
 
-@pytest.mark.parametrize(("value", "text"), [(0.31210, "0.31210"), (0.0, "0.00000"), (2.5e-7, "2.5000e-07"), (-3e-5, "-3.0000e-05")])
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.31210, "0.31210"), (0.0, "0.00000"), (2.5e-7, "2.5000e-07"), (-3e-5, "-3.0000e-05")]
+)
 def test_a_small_value_is_not_zero(value, text):
     """A loss of 0.00000 looks like a mistake, or like perfection."""
     assert messages.one_number(value) == text

@@ -42,6 +42,7 @@ def _flip(file):
 
 def test_everything_tracked_comes_back(where):
     """An object that is saved but not restored is a run that goes on with something else."""
+
     def script(epochs):
         objects = {
             "model": {"w": np.zeros(3), "layers": [np.zeros(2), {"b": np.zeros(1)}], "name": "a", "rate": 0.5},
@@ -61,7 +62,9 @@ def test_everything_tracked_comes_back(where):
                 objects["model"]["name"] += "b"
                 objects["moments"][1] += 2
                 objects["own"].count += 1
-                drawn.append((epoch, objects["python"].random(), objects["legacy"].random(), objects["generator"].random()))
+                drawn.append(
+                    (epoch, objects["python"].random(), objects["legacy"].random(), objects["generator"].random())
+                )
         return objects, drawn
 
     _, first = script(2)
@@ -152,7 +155,9 @@ def test_mismatch_lists_everything_and_changes_nothing(where):
     np.random.seed(0)  # noqa: NPY002
     with Checkpointer(where, verbose=0) as checkpointer:
         checkpointer.track(
-            model={"kernel": np.ones((3, 4)), "bias": np.ones(4), "gone": np.ones(1)}, other=Counter(), zed={"w": np.ones(2)}
+            model={"kernel": np.ones((3, 4)), "bias": np.ones(4), "gone": np.ones(1)},
+            other=Counter(),
+            zed={"w": np.ones(2)},
         )
         list(checkpointer.epochs(1))
     files = {path: path.read_bytes() for path in sorted((where / "checkpoints").rglob("*")) if path.is_file()}

@@ -75,7 +75,9 @@ def test_remove_waits_for_writer():
     assert store.log[-1][2].startswith("highcamp-save")
 
 
-@pytest.mark.parametrize("keep", [Keep(best=1, last=0), Keep(best=2, last=0), Keep(best=0, last=1), Keep(best=1, last=1)])
+@pytest.mark.parametrize(
+    "keep", [Keep(best=1, last=0), Keep(best=2, last=0), Keep(best=0, last=1), Keep(best=1, last=1)]
+)
 def test_last_is_never_removed(train, keep):
     """With a quota for the best alone, the weights to go on from are removed."""
     run = train([0.1, 0.2, 0.9, 0.8, 0.85], directory=MemoryStore(), keep=keep).run
@@ -157,7 +159,9 @@ def test_keep_does_remove(train):
 
 def test_keep_every_epochs_and_steps():
     """Milestones stay for ever, whatever else is kept."""
-    with Checkpointer(MemoryStore(), keep=Keep(best=0, last=1, every_epochs=3, every_steps=10), verbose=0) as checkpointer:
+    with Checkpointer(
+        MemoryStore(), keep=Keep(best=0, last=1, every_epochs=3, every_steps=10), verbose=0
+    ) as checkpointer:
         checkpointer.track(model={"w": np.zeros(3)})
         for _ in checkpointer.epochs(8):
             list(checkpointer.batches(range(5)))
@@ -173,12 +177,17 @@ def test_one_write_for_both(train):
 
     run = train([0.5, 0.4, 0.3], directory=store, keep=Keep(best=1, last=1)).run
 
-    assert [name for what, name, *_ in store.log if what == "add"] == ["step-00000001", "step-00000002", "step-00000003"]
+    assert [name for what, name, *_ in store.log if what == "add"] == [
+        "step-00000001",
+        "step-00000002",
+        "step-00000003",
+    ]
     assert run.plan().keep == {"step-00000003": ("best 1 of 1", "last 1 of 1", "only whole one")}
 
 
 def test_pinned_ones_stay(train, where):
     """A pin set while training runs, by another process, must be seen by the next removal."""
+
     def pin(checkpointer, epoch):
         if epoch == 1:
             checkpointer._saver._writer.drain()

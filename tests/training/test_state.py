@@ -149,7 +149,9 @@ def test_save_says_what_it_did(make):
         assert pending.is_done
         assert (checkpoint.name, checkpoint.step, checkpoint.metrics) == ("step-00000007", 7, {"loss": 0.5})
         assert pending.wait().name == checkpoint.name
-        assert checkpointer.save(_state(2), step=1).wait().name == "step-00000001"  # going back is a save like any other
+        assert (
+            checkpointer.save(_state(2), step=1).wait().name == "step-00000001"
+        )  # going back is a save like any other
         assert checkpointer.save(_state(3), step=7).wait().name == "step-00000007.2"
     assert checkpointer.run.last.name == "step-00000007.2"
 
@@ -163,7 +165,10 @@ def test_save_if_due_keeps_the_cadence(make):
         ]
 
     assert saved == [False, False, True, False, False, True, False]
-    assert [(entry.step, entry.metrics) for entry in checkpointer.run.checkpoints] == [(3, {"loss": 7}), (6, {"loss": 4})]
+    assert [(entry.step, entry.metrics) for entry in checkpointer.run.checkpoints] == [
+        (3, {"loss": 7}),
+        (6, {"loss": 4}),
+    ]
     assert [row.step for row in checkpointer.run.history.rows] == [1, 2, 3, 4, 5, 6, 7]
 
 
@@ -196,7 +201,9 @@ def test_saving_without_restoring_is_refused(make):
         lambda again: again.log(loss=1),
     ):
         again = make()
-        with pytest.raises(Refused, match=r"has checkpoints up to step-00000005, which were not restored; call restore\(\)"):
+        with pytest.raises(
+            Refused, match=r"has checkpoints up to step-00000005, which were not restored; call restore\(\)"
+        ):
             call(again)
         again.close()
     assert len(again.run.checkpoints) == 1
@@ -261,7 +268,10 @@ def test_a_mismatch_lists_every_difference(make):
     with make() as checkpointer:
         checkpointer.save({**_state(1), "scheduler": {"at": 3}}, step=1)
     like = {
-        "params": {"dense": {"kernel": np.zeros((2, 4), np.float32), "bias": np.zeros(3, np.float32)}, "norm": np.zeros(2)},
+        "params": {
+            "dense": {"kernel": np.zeros((2, 4), np.float32), "bias": np.zeros(3, np.float32)},
+            "norm": np.zeros(2),
+        },
         "optimizer": (Moments(np.array(0), [np.zeros(2, np.float16)]), ()),
         "ema": {"w": np.zeros(2)},
     }

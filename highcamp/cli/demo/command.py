@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import logging
 import os
@@ -54,10 +55,16 @@ class Training:
 
 
 @command(epilog="Needs: pip install 'highcamp[demo]'. Nothing is downloaded: the images come with scikit-learn.")
-@click.option("--backend", type=click.Choice(BACKENDS), help="Keras backend; KERAS_BACKEND, or the first that is installed.")
-@click.option("--epochs", type=click.IntRange(min=1), default=50, show_default=True, metavar="N", help="How long to train.")
+@click.option(
+    "--backend", type=click.Choice(BACKENDS), help="Keras backend; KERAS_BACKEND, or the first that is installed."
+)
+@click.option(
+    "--epochs", type=click.IntRange(min=1), default=50, show_default=True, metavar="N", help="How long to train."
+)
 @click.option("--no-crash", is_flag=True, help="Do not kill the training.")
-@click.option("--out", metavar="DIR", help=f"The run's directory; {DIRECTORY} by default, or the next free {DIRECTORY}-N.")
+@click.option(
+    "--out", metavar="DIR", help=f"The run's directory; {DIRECTORY} by default, or the next free {DIRECTORY}-N."
+)
 def demo(output: Output, backend: str | None, epochs: int, no_crash: bool, out: str | None) -> int:  # noqa: FBT001
     """Train a small network on real images, kill it in the middle, let it go on, and look at what was kept."""
     began = time.monotonic()
@@ -80,15 +87,20 @@ def demo(output: Output, backend: str | None, epochs: int, no_crash: bool, out: 
 
 def _backend(asked: str | None) -> str:
     """The Keras backend to use. Raises MissingExtra naming everything that is not there."""
-    missing = [name for name, module in (("keras", "keras"), ("scikit-learn", "sklearn"), ("matplotlib", "matplotlib")) if not _is_installed(module)]
+    packages = {"keras": "keras", "scikit-learn": "sklearn", "matplotlib": "matplotlib"}
+    missing = [name for name, module in packages.items() if not _is_installed(module)]
     if missing:
-        raise MissingExtra(f"the demo needs {', '.join(missing)}, not installed here", hint="pip install 'highcamp[demo]'")
+        raise MissingExtra(
+            f"the demo needs {', '.join(missing)}, not installed here", hint="pip install 'highcamp[demo]'"
+        )
     named = asked or os.environ.get("KERAS_BACKEND")
     if named and named not in BACKENDS:
         raise InvalidArgument(f"KERAS_BACKEND is {named!r}", hint=f"the demo runs on {', '.join(BACKENDS)}")
     if named and not _is_installed(named):
         package = named if named == "tensorflow" else f"'highcamp[{named}]'"
-        raise MissingExtra(f"the backend {named} is not installed", hint=f"pip install {package}, or choose another --backend")
+        raise MissingExtra(
+            f"the backend {named} is not installed", hint=f"pip install {package}, or choose another --backend"
+        )
     found = named or next((name for name in BACKENDS if _is_installed(name)), None)
     if found is None:
         raise MissingExtra(f"none of {', '.join(BACKENDS)} is installed", hint="pip install 'highcamp[demo]'")
@@ -104,7 +116,9 @@ def _directory(out: str | None) -> Path:
     if out is not None:
         path = Path(out)
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise Refused(f"{path} is not empty", path=str(path), hint="name a new directory with --out, or remove it first")
+            raise Refused(
+                f"{path} is not empty", path=str(path), hint="name a new directory with --out, or remove it first"
+            )
     else:
         names = [DIRECTORY, *(f"{DIRECTORY}-{n}" for n in range(2, 1000))]
         path = next((Path(name) for name in names if not Path(name).exists()), Path(DIRECTORY))
@@ -147,8 +161,9 @@ def _train(
 def _start(directory: Path, backend: str, epochs: int) -> Training:
     """Start the training script in a process of its own; what frameworks print goes to a file."""
     environment = {
-        # More threads would only wait for each other: the network is small.
-        **{"OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "3", "JAX_PLATFORMS": "cpu"},
+        "OMP_NUM_THREADS": "1",  # more threads would only wait for each other: the network is small
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        "JAX_PLATFORMS": "cpu",
         **os.environ,
         "KERAS_BACKEND": backend,
         "PYTHONUNBUFFERED": "1",
@@ -196,9 +211,9 @@ def _watch(
             step = told.get("step")
             if step is None:
                 results.update(told)
-            elif step == 7 or not is_again:  # noqa: PLR2004  (the others have been announced)
+            elif step == 7 or not is_again:
                 screen.step(step, story.TITLES[step], story.step_sentence(told, epochs))
-            begins = begins or step == 6  # noqa: PLR2004
+            begins = begins or step == 6
         return begins
 
     try:
@@ -226,7 +241,12 @@ def _watch(
 
 
 def _follow(
-    training: Training, directory: Path, move: Callable[[int, float | None, int | None], None], *, kill_after: int | None, epochs: int
+    training: Training,
+    directory: Path,
+    move: Callable[[int, float | None, int | None], None],
+    *,
+    kill_after: int | None,
+    epochs: int,
 ) -> None:
     """Move the bar by what the history says, until training ends or is killed."""
     process, seen_epoch = training.process, -1
@@ -241,7 +261,7 @@ def _follow(
         if kill_after is not None and epoch >= kill_after and not is_over:
             # Half an epoch later is the middle of one.
             times = sorted(began.values())
-            steps = sorted(later - earlier for earlier, later in zip(times[1:], times[2:], strict=False))
+            steps = sorted(later - earlier for earlier, later in itertools.pairwise(times[1:]))
             time.sleep(steps[len(steps) // 2] / 2 if steps else 0.0)
             process.send_signal(signal.SIGKILL)
             process.wait()
@@ -295,7 +315,8 @@ def _show(screen: Screen, seen: Look, results: dict[str, Any], curve: Path) -> N
     screen.say()
     screen.say("History", style="bold")
     table = history_table(seen, seen.epochs, COLUMNS)
-    screen.table(Table([each for each in table.columns if each.title not in ("STEP", "TIME", "ATTEMPT")], table.signs, table.styles, table.notes))
+    columns = [each for each in table.columns if each.title not in ("STEP", "TIME", "ATTEMPT")]
+    screen.table(Table(columns, table.signs, table.styles, table.notes))
     screen.say(story.best_and_last(seen))
     screen.say()
     screen.say("Test images", style="bold")
@@ -324,7 +345,11 @@ def _show(screen: Screen, seen: Look, results: dict[str, Any], curve: Path) -> N
                 Column("EPOCH", [str(each.epoch) for each in rows], right=True),
                 Column("val_loss", numbers([each.metrics.get("val_loss") for each in rows]), right=True),
                 Column("SIZE", [size(each.size_bytes) for each in rows], right=True),
-                Column("KEPT BECAUSE", [", ".join(seen.reasons(each.name)) or "not pruned yet" for each in rows], flexible=True),
+                Column(
+                    "KEPT BECAUSE",
+                    [", ".join(seen.reasons(each.name)) or "not pruned yet" for each in rows],
+                    flexible=True,
+                ),
             ],
             signs=["*" if seen.best and each.name == seen.best.name else " " for each in rows],
             styles=["green" if seen.best and each.name == seen.best.name else "" for each in rows],
@@ -359,5 +384,3 @@ def _facts(
         "log": str((curve.parent / LOG).absolute()),
         "seconds": round(seconds, 1),
     }
-
-

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from highcamp.cli.table import Table
 
 INDENT = 16  # the width of a step's number and title
+WORDS_WIDTH = 36  # of "best val_loss 0.1234 (epoch 12)"
 PLAIN_LINES = 10  # progress lines per training where there is no terminal
 
 
@@ -45,7 +46,9 @@ class Screen:
             return
         body = text.lstrip(" ")
         indent = text[: len(text) - len(body)]
-        lines = textwrap.wrap(body, min(100, self._output.width), initial_indent=indent, subsequent_indent=indent) or [""]
+        lines = textwrap.wrap(body, min(100, self._output.width), initial_indent=indent, subsequent_indent=indent) or [
+            ""
+        ]
         for line in lines:
             self._write(line, style)
 
@@ -73,21 +76,22 @@ class Screen:
             yield self._plain_progress(epochs, done)
             return
         from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.progress import BarColumn, Progress, TextColumn
 
         console = Console(file=self._stream, highlight=False)
+        counts = f"{{task.completed:>{len(str(epochs))}}} of {epochs} epochs"
+        room = self._output.width - INDENT - len(counts) - WORDS_WIDTH
         columns = (
             TextColumn(" " * (INDENT - 1)),
-            BarColumn(bar_width=24),
-            TextColumn(f"{{task.completed:>{len(str(epochs))}}} of {epochs} epochs"),
-            TextColumn("{task.fields[words]}"),
-            TimeElapsedColumn(),
+            BarColumn(bar_width=max(8, min(24, room)), style="dim", complete_style="cyan", finished_style="green"),
+            TextColumn(counts),
+            TextColumn("{task.fields[words]}", style="dim"),
         )
         with Progress(*columns, console=console, expand=False) as bar:
             task = bar.add_task("", total=epochs, completed=done, words="")
 
             def move(epoch: int, best: float | None, best_epoch: int | None) -> None:
-                words = f"best val_loss {number(best)} (epoch {best_epoch})" if best is not None else ""
+                words = f"best val_loss {number(best)} (epoch {best_epoch})" if best is not None and room > 0 else ""
                 bar.update(task, completed=epoch, words=words)
 
             yield move

@@ -15,7 +15,7 @@ from typing import Any
 
 SEED = 42
 BATCH_SIZE = 32
-LEARNING_RATE = 0.003
+LEARNING_RATE = 0.002
 VALIDATION_COUNT = TEST_COUNT = 500
 
 
@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
             keras.layers.Conv2D(16, 3, activation="relu"),
             keras.layers.Conv2D(32, 3, activation="relu"),
             keras.layers.Flatten(),
-            keras.layers.Dense(64, activation="relu"),
+            keras.layers.Dense(128, activation="relu"),
             keras.layers.Dense(10, activation="softmax"),
         ]
     )
@@ -88,7 +88,12 @@ def main(arguments: list[str] | None = None) -> None:
     # 7. Evaluate the last weights, which are in the model now, and the best ones
     def evaluate() -> dict[str, float]:
         loss, accuracy = model.evaluate(images[test], labels[test], verbose=0)
-        return {"loss": float(loss), "accuracy": float(accuracy), "right": round(float(accuracy) * len(test)), "of": len(test)}
+        return {
+            "loss": float(loss),
+            "accuracy": float(accuracy),
+            "right": round(float(accuracy) * len(test)),
+            "of": len(test),
+        }
 
     tell(step=7)
     last = evaluate()

@@ -21,7 +21,7 @@ def main(folder, *, kill):
     callback.set_model(model)
     callback.on_train_begin()
     if not kill:
-        print(callback.best)
+        sys.stdout.write(f"{callback.best}\n")
         return
     callback.on_epoch_end(0, {"val_loss": 0.5})
     whole = model.save

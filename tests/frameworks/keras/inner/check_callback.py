@@ -64,7 +64,11 @@ def _opened(tmp_path, name):
 
 @pytest.mark.parametrize(
     ("options", "crash"),
-    [({}, (2, 1)), ({"every": Every(steps=1)}, (1, 2)), ({"every": Every(steps=3)}, (2, 0))],
+    [
+        ({}, (2, 1)),
+        pytest.param({"every": Every(steps=1)}, (1, 2), marks=pytest.mark.once),
+        ({"every": Every(steps=3)}, (2, 0)),
+    ],
     ids=["epochs", "every_batch", "steps"],
 )
 def test_shuffle_and_dropout_exact(run, values_of, options, crash):
@@ -94,6 +98,7 @@ def test_data_of_our_own_are_exact_with_workers(run, values_of, points):
     assert later.history == history.history
 
 
+@pytest.mark.once
 def test_batches_not_trained_twice(run):
     """Keras goes on with weights of the middle and the whole epoch again: 27 steps for 24."""
     run("crashed", crash=(1, 2), every=Every(steps=2))
@@ -166,7 +171,7 @@ class TestSiblings:
 
         assert values_of(resumed) == values_of(whole)
 
-    @pytest.mark.parametrize("swap_on_epoch", [False, True])
+    @pytest.mark.parametrize("swap_on_epoch", [pytest.param(False, marks=pytest.mark.once), True])
     def test_averaged_weights_order(self, run, make_model, values_of, swap_on_epoch):
         """The swapped weights are saved: without the swap's own state a resumed run is 1.7e-2 off."""
 
@@ -244,6 +249,7 @@ class TestAgain:
             "Run is complete (3 of 3 epochs); nothing to train. fit(epochs=13) would go on" in capsys.readouterr().out
         )
 
+    @pytest.mark.once
     def test_more_epochs_go_on(self, run, values_of):
         """ended_run_can_go_on: the state of the end is there."""
         whole, _ = run("whole", epochs=4)
@@ -359,6 +365,14 @@ class TestBest:
             CheckpointCallback(tmp_path / "a", monitor="quality")
         with pytest.raises(InvalidArgument, match="mim"):
             CheckpointCallback(tmp_path / "a", monitor="loss", mode="mim")
+
+    def test_train_metric_is_a_mean(self, run, capsys):
+        """Logged 1.8, the saved weights evaluate to 0.3: whoever ranks by it should know."""
+        run("a", epochs=1, monitor="loss", verbose=1)
+        assert "loss is a mean over the epoch" in capsys.readouterr().out
+
+        run("b", epochs=1, verbose=1)
+        assert "mean over the epoch" not in capsys.readouterr().out
 
     def test_restore_best(self, tmp_path, run):
         """best_however_it_ends: from the committed checkpoint, not from memory."""
@@ -503,6 +517,7 @@ def test_several_optimizers_are_saved(tmp_path, points):
     assert {"model", "optimizer", "first_optimizer", "second_optimizer"} <= objects
 
 
+@pytest.mark.once
 def test_it_is_quiet_where_nothing_is_wrong(run):
     """Warnings are for what should be changed."""
     with warnings.catch_warnings(record=True) as said:
