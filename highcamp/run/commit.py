@@ -153,12 +153,20 @@ def read_manifest(store: Store, name: str) -> Manifest | None:
 
     Raises Damaged, or Unreadable for a newer format.
     """
+    found = read_manifest_bytes(store, name)
+    return None if found is None else found[1]
+
+
+def read_manifest_bytes(
+    store: Store, name: str, known: tuple[bytes, Manifest] | None = None
+) -> tuple[bytes, Manifest] | None:
+    """The same with its bytes. known: bytes read before and what they said, so that they are decoded once."""
     path = f"{checkpoint_path(name)}/{MANIFEST}"
     try:
         data = store.read(path, MAX_MANIFEST_BYTES)
     except FileNotFoundError:
         return None
-    return decode(data, where=path)
+    return known if known is not None and known[0] == data else (data, decode(data, where=path))
 
 
 def read_state(store: Store, name: str, manifest: Manifest) -> State:

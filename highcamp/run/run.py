@@ -59,7 +59,7 @@ class Run:
     def __init__(self, store: Store) -> None:
         """A run in `store`; use `highcamp.open`."""
         self.store = store
-        self._manifests: dict[str, Manifest] = {}
+        self._manifests: dict[str, tuple[bytes, Manifest]] = {}
 
     def __repr__(self) -> str:
         """Where it is."""
@@ -341,18 +341,17 @@ class Run:
         readable: list[tuple[str, Manifest]] = []
         unreadable: list[tuple[str, str]] = []
         for name in commit.checkpoint_names(self.store):
-            manifest = self._manifests.get(name)
             try:
-                if manifest is None or self.store.size(f"{commit.checkpoint_path(name)}/manifest.json") is None:
-                    manifest = commit.read_manifest(self.store, name)
+                # Its bytes every time: the name of a checkpoint that was removed may be given to another one.
+                found = commit.read_manifest_bytes(self.store, name, self._manifests.get(name))
             except Damaged as error:
                 unreadable.append((name, str(error)))
                 continue
-            if manifest is None:
+            if found is None:
                 unreadable.append((name, "it has no manifest, so it is no checkpoint"))
                 continue
-            self._manifests[name] = manifest
-            readable.append((name, manifest))
+            self._manifests[name] = found
+            readable.append((name, found[1]))
         try:
             settings = read_settings(self.store)
         except Damaged:

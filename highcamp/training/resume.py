@@ -36,11 +36,11 @@ def newest_whole(attempt: OngoingAttempt, voice: Voice, load: Callable[[Checkpoi
             errors.append(error)
             attempt.note_damaged(checkpoint.name)
         else:
-            for error in errors:
-                voice.say(messages.fell_back(error, checkpoint.name), level=0)
+            for damage in errors:
+                voice.say(messages.fell_back(damage, checkpoint.name), level=0)
             return checkpoint
-    for error in errors:
-        voice.say(error.message, level=0)
+    for damage in errors:
+        voice.say(damage.message, level=0)
     if errors or unlisted:
         names = [*(checkpoint.name for checkpoint in checkpoints), *(entry.name for entry in unlisted)]
         raise Damaged(

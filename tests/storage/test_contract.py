@@ -1,5 +1,4 @@
 # What the three methods do is said by StoreContract.
-# ruff: noqa: D102
 
 from __future__ import annotations
 
