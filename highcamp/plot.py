@@ -6,6 +6,7 @@ history gives the same bytes.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
 from dataclasses import dataclass
@@ -122,7 +123,8 @@ def draw(run: Run, path: str | os.PathLike[str], metric: str | None = None) -> P
                 errno=error.errno,
             ) from error
         finally:
-            pending.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # the failure under way is the news
+                pending.unlink(missing_ok=True)
     return target
 
 
@@ -244,7 +246,7 @@ def _short(text: str, limit: int = 60) -> str:
 def _compose(figure: Figure, picture: Picture) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    axes = figure.add_axes((0.085, 0.155, 0.72, 0.70))
+    axes = figure.add_axes((0.085, 0.20, 0.72, 0.655))
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(QUIET)
     axes.tick_params(colors=QUIET, labelcolor=TEXT, length=3)
@@ -253,9 +255,9 @@ def _compose(figure: Figure, picture: Picture) -> None:
     shown = [series for series in (picture.training, picture.validation) if series is not None]
     for series in shown:
         _draw_series(axes, series)
-    _limit(axes, shown)
+    _limit(figure, axes, shown)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=10, steps=[1, 2, 5, 10], integer=True))
-    axes.set_xlabel(picture.axis, color=TEXT, labelpad=2)
+    axes.set_xlabel(picture.axis, color=TEXT, labelpad=1)
     _mark_restarts(axes, picture)
     _mark_nan(axes, shown)
     if picture.best:
@@ -279,7 +281,7 @@ def _draw_series(axes: Axes, series: Series) -> None:
     axes.plot([xs[n] for n in alone], [ys[n] for n in alone], ".", color=series.color, markersize=4, zorder=3)
 
 
-def _limit(axes: Axes, shown: Sequence[Series]) -> None:
+def _limit(figure: Figure, axes: Axes, shown: Sequence[Series]) -> None:
     """Room above and below the curves for words; the whole range of x, gaps at its ends included."""
     xs = [x for series in shown for x, _ in series.points]
     ys = [y for series in shown for _, y in series.finite]
@@ -299,7 +301,7 @@ def _limit(axes: Axes, shown: Sequence[Series]) -> None:
         is_above = any(y > high for _, y in farthest.values())
         values = " and ".join(f"{_short(name, 24)} {y:.4g} (at {x:g})" for name, (x, y) in farthest.items())
         words = f"{'above' if is_above else 'below'} what is shown: {values}"
-        _words(axes, 0.995, 0.95 if is_above else 0.05, words, QUIET, ha="right", transform=axes.transAxes)
+        figure.text(0.085, 0.025, words, color=QUIET, fontsize=7, va="bottom")
 
 
 def _heights(shown: Sequence[Series]) -> tuple[float, float]:
@@ -381,7 +383,7 @@ def _room(axes: Axes, picture: Picture, best: Mark, *, is_left: bool, is_low: bo
     bottom, top = axes.get_ylim()
     width = (stop - start) * 0.24
     reach = (best.x, best.x + width) if is_left else (best.x - width, best.x)
-    points_high = SIZE_INCHES[1] * 72 * 0.70
+    points_high = SIZE_INCHES[1] * 72 * 0.655
     heights = sorted(
         (y - best.y) / (top - bottom) * points_high
         for series in (picture.training, picture.validation)

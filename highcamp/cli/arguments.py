@@ -107,7 +107,8 @@ def shown_path(path: Path | str) -> str:
     if "://" in text:
         return text
     relative = os.path.relpath(text)
-    return text if relative.startswith("..") and len(relative) > len(text) else relative
+    is_longer = relative.startswith("..") and len(relative) > len(text)
+    return text if is_longer or relative == "." else relative
 
 
 def _default_run() -> str:

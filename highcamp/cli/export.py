@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
+import os
+import sys
 from typing import TYPE_CHECKING
 
 import click
@@ -11,9 +15,12 @@ from highcamp.cli.program import command
 from highcamp.cli.text import plain, size
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from highcamp.cli.output import Output
+
+BACKENDS = ("jax", "torch", "tensorflow")  # the lightest first
 
 # Suffix -> how the file is loaded; {path} is its path as a Python literal.
 LOADING_LINES = {
@@ -38,7 +45,8 @@ def export(output: Output, target: str | None, file: str, object_name: str, forc
     """Verify a checkpoint, @best by default, then write its weights to FILE, and print the line that loads them."""
     found = find_target(target)
     entry = found.checkpoint(default="best")
-    written = entry.export(file, object=object_name, force=force)
+    with _frameworks_silenced():
+        written = entry.export(file, object=object_name, force=force)
     size_bytes = written.stat().st_size
     if output.as_json:
         output.json(
@@ -56,6 +64,36 @@ def export(output: Output, target: str | None, file: str, object_name: str, forc
         )
         output.line(plain(loading_line(written)))
     return 0
+
+
+@contextlib.contextmanager
+def _frameworks_silenced() -> Iterator[None]:
+    """What compiled code prints at its first start goes nowhere; Python's own messages still arrive.
+
+    Keras needs a backend to write its files; any will do, and TensorFlow, its default, may not be installed.
+    """
+    installed = next((name for name in BACKENDS if importlib.util.find_spec(name) is not None), None)
+    if installed:
+        os.environ.setdefault("KERAS_BACKEND", installed)
+    try:
+        number = sys.stderr.fileno()
+    except (OSError, ValueError):  # no real stream, so nothing compiled writes to it
+        yield
+        return
+    sys.stderr.flush()
+    kept, before = os.dup(number), sys.stderr
+    try:
+        with open(os.devnull, "wb") as nowhere, open(kept, "w", encoding=before.encoding, closefd=False) as ours:  # noqa: PTH123
+            os.dup2(nowhere.fileno(), number)
+            sys.stderr = ours
+            try:
+                yield
+            finally:
+                sys.stderr = before
+                ours.flush()
+                os.dup2(kept, number)
+    finally:
+        os.close(kept)
 
 
 def loading_line(path: Path) -> str:

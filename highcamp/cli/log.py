@@ -90,11 +90,15 @@ def restart_words(seen: Look, attempt: Attempt) -> str:
     """How the attempt before ended, and where this one goes on."""
     before = [each for each in seen.history.attempts if each.number < attempt.number]
     how = ENDINGS.get(before[-1].ended, "stopped") if before else "stopped"
-    origin = (
-        f"resumed from {plain(attempt.resumed_from)}, epoch {attempt.epoch}" if attempt.resumed_from else "began anew"
-    )
+    return f"{how}; attempt {attempt.number} {origin_words(attempt)}"
+
+
+def origin_words(attempt: Attempt) -> str:
+    """Where an attempt after the first went on."""
+    if not attempt.resumed_from:
+        return "began anew"
     batch = f", batch {attempt.batch}" if attempt.batch else ""
-    return f"{how}; attempt {attempt.number} {origin}{batch}"
+    return f"resumed from {plain(attempt.resumed_from)}, epoch {attempt.epoch}{batch}"
 
 
 def _restarts(seen: Look, rows: Sequence[Row]) -> dict[int, list[str]]:

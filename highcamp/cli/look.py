@@ -86,7 +86,7 @@ class Look:
         return list(self.plan.keep.get(name, ()))
 
     def state(self, name: str) -> str:
-        """ "committed", or what a look at the sizes found: missing, truncated, altered, foreign."""
+        """Either "committed", or what a look at the sizes found: missing, truncated, altered, foreign."""
         check = self.checks[name]
         return COMMITTED if check.ok else check.state
 

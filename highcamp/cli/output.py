@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from highcamp.cli.text import MISSING, plain
 
@@ -94,7 +95,11 @@ class Output:
     def _console(self) -> Console:
         from rich.console import Console
 
-        return Console(file=sys.stdout, highlight=False, markup=False, emoji=False, width=self.width)
+        # NO_COLOR means no escape codes at all: rich alone would keep bold ones.
+        colors: Literal["auto"] | None = None if os.environ.get("NO_COLOR") else "auto"
+        return Console(
+            file=sys.stdout, color_system=colors, highlight=False, markup=False, emoji=False, width=self.width
+        )
 
     def _write_json(self, document: Mapping[str, Any], indent: int | None) -> None:
         # ASCII only: no name can send control codes to a terminal, and every reader of JSON undoes the escapes.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import TYPE_CHECKING
 
 import click
 
 from highcamp.cli.arguments import find_target, refer, shown_path
-from highcamp.cli.log import attempt_facts, restart_words
-from highcamp.cli.look import look, monitor_facts
+from highcamp.cli.log import attempt_facts, origin_words
+from highcamp.cli.look import ENDINGS, look, monitor_facts
 from highcamp.cli.program import command
 from highcamp.cli.table import Column, Table
 from highcamp.cli.text import MISSING, age, count, exact, number, plain, size
@@ -79,8 +80,10 @@ def _show_run(output: Output, seen: Look) -> None:
     if run.trash:
         facts.append(("trash", ", ".join(sorted(run.trash.values()))))
     for attempt in seen.history.attempts:
-        how = "" if attempt.number == 1 else f"  {restart_words(seen, attempt)}"
-        facts.append(("attempt", f"{attempt.number}  {format_time(attempt.started_at)}{how}"))
+        is_now = attempt is seen.history.attempts[-1] and seen.state_of_run == "running"
+        words = [origin_words(attempt)] if attempt.number > 1 else []
+        words.append("running" if is_now else ENDINGS.get(attempt.ended, "stopped"))
+        facts.append(("attempt", f"{attempt.number}  {format_time(attempt.started_at)}  {'; '.join(words)}"))
     _print_facts(output, facts)
     output.hint(f"highcamp ls {refer(run)}".rstrip(), f"highcamp show {refer(run, 'best' if seen.best else 'last')}")
 
@@ -140,7 +143,12 @@ def _show_checkpoint(output: Output, seen: Look, entry: Checkpoint, *, layers: b
         ("parent", entry.parent or MISSING),
         *(("file", f"{file.name}  {size(file.size)}  {file.digest}") for file in entry.files),
         *(
-            ("object", f"{name}: {count(found.tensors, 'tensor')}, {size(found.bytes)}")
+            (
+                "object",
+                f"{name}: {count(found.tensors, 'tensor')}, {size(found.bytes)}"
+                if found.tensors
+                else f"{name}: no tensors",
+            )
             for name, found in entry.manifest.objects.items()
         ),
         ("written with", ", ".join(f"{name} {version}" for name, version in entry.versions.items()) or MISSING),
@@ -160,7 +168,10 @@ def _print_facts(output: Output, facts: list[tuple[str, str]]) -> None:
         return
     width = max(len(plain(name)) for name, _ in facts)
     for name, value in facts:
-        output.line(f"{plain(name):<{width}}  {plain(value)}")
+        start = f"{plain(name):<{width}}  "
+        lines = textwrap.wrap(plain(value), output.width, initial_indent=start, subsequent_indent=" " * len(start))
+        for line in lines or [start]:
+            output.line(line)
 
 
 def _line(seen: Look, entry: Checkpoint | None) -> str:

@@ -297,8 +297,8 @@ class Checkpointer:
 
         state: any tree of arrays and plain values. A dict of parts, such as {"params": …, "optimizer": …}, becomes one
         object for each part; anything else is one object named "state". step, epoch: what has been done; counted on from
-        the last save by default; within `batches` the batch at hand is taken as done. Waits for the save before, and raises its error. Raises InvalidState, InvalidMetric,
-        Refused if the run has checkpoints that were not restored.
+        the last save by default; within `batches` the batch at hand is taken as done. Waits for the save before, and
+        raises its error. Raises InvalidState, InvalidMetric, Refused if the run has checkpoints that were not restored.
         """
         values = to_metrics(metrics or {})
         self._attempt()

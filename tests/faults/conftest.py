@@ -59,6 +59,6 @@ def points(nursery, tmp_path_factory):
     assert nursery.run(place / "run", diary, log=place / "log") == "ended 0"
     fault_scene.look(store, fault_trace.whole_lines(diary))
     found = fault_trace.calls_of(place / "log", place / "run")
-    assert len(found) > 150
+    assert len(found) > 120
     assert {"mkdir", "openat", "write", "fsync", "renameat2"} <= {call for call, _, _ in found}
     return found

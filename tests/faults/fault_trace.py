@@ -16,7 +16,7 @@ import fault_scene as scene
 
 from highcamp.storage.local import LocalStore
 
-STRIDE = int(os.environ.get("HIGHCAMP_FAULT_STRIDE", "5"))
+STRIDE = int(os.environ.get("HIGHCAMP_FAULT_STRIDE", "2"))
 HERE = Path(__file__).parent
 CALLS = (
     "mkdir", "mkdirat", "openat", "write", "pwrite64", "writev", "fsync", "fdatasync", "rename", "renameat", "renameat2",
@@ -85,17 +85,38 @@ def whole_lines(path):
     return diary
 
 
-def calls_of(log, directory):
-    """Every call in a log of strace that changes something below `directory`: (call, its number among its kind, text)."""
-    counts, found = {}, []
+def lines_of(log):
+    """The lines of a log of strace; a call that another thread's call cut in two is put together again."""
+    begun, found = {}, []
     for line in log.read_text().splitlines():
-        match = LINE.match(line)
-        if match is None:
-            continue
-        call = match["call"]
-        counts[call] = counts.get(call, 0) + 1
-        if str(directory) in match["rest"] and (call != "openat" or "O_CREAT" in match["rest"]):
-            found.append((call, counts[call], match["rest"]))
+        pid, _, text = line.partition(" ")
+        if text.endswith("<unfinished ...>"):
+            begun[pid] = line.removesuffix("<unfinished ...>")
+        elif " resumed>" in text and pid in begun:
+            found.append(begun.pop(pid) + text.partition(" resumed>")[2])
+        else:
+            found.append(line)
     return found
 
 
+def calls_of(log, directory):
+    """Every call in a log of strace that changes something below `directory`: (call, its number among its kind, text)."""
+    counts, found, written = {}, [], set()
+    below = re.compile(rf'{re.escape(str(directory))}[/>"]')  # not the diary beside it
+    for line in lines_of(log):
+        match = LINE.match(line)
+        if match is None:
+            continue
+        call, rest = match["call"], match["rest"]
+        counts[call] = counts.get(call, 0) + 1
+        if not below.search(rest) or (call == "openat" and "O_CREAT" not in rest):
+            continue
+        path = rest.partition("<")[2].partition(">")[0]
+        if call in ("write", "pwrite64", "writev", "fsync", "fdatasync"):
+            written.add(path)
+        elif call == "close":
+            if path not in written:  # it was only read
+                continue
+            written.discard(path)
+        found.append((call, counts[call], rest))
+    return found

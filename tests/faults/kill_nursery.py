@@ -43,12 +43,12 @@ def main() -> None:
                 sys.stderr.flush()
                 os._exit(code)
         os.close(wait)
-        print(child, flush=True)  # noqa: T201
+        print(child, flush=True)
         sys.stdin.readline()
         os.write(go, b"!")
         os.close(go)
         _, status = os.waitpid(child, 0)
-        print("killed" if os.WIFSIGNALED(status) else "ended", os.waitstatus_to_exitcode(status), flush=True)  # noqa: T201
+        print("killed" if os.WIFSIGNALED(status) else "ended", os.waitstatus_to_exitcode(status), flush=True)
 
 
 if __name__ == "__main__":

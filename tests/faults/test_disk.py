@@ -42,7 +42,9 @@ def test_any_error_of_any_call_loses_nothing(nursery, points, place):
     """disk_full, quota_full, file_too_large, read_only_remount, too_many_files, rename_errors, at each call there is."""
     tried = set()
     codes = {call: itertools.cycle(names) for call, names in CODES.items()}
-    for index, (call, number, text) in list(enumerate(points))[1 :: trace.STRIDE]:
+    for index, (call, number, text) in enumerate(points):
+        if index % trace.STRIDE != trace.STRIDE - 1 and ".owner.lock" not in text:  # which filelock makes, not a store
+            continue
         name, code = str(index), next(codes[call])
         tried.add((call, code))
         store, diary_path = trace.prepared(place, name)
@@ -50,7 +52,7 @@ def test_any_error_of_any_call_loses_nothing(nursery, points, place):
 
         ended = nursery.run(place / name, diary_path, inject=inject, log=place / "log")
 
-        struck = [line for line in (place / "log").read_text().splitlines() if "(INJECTED)" in line]
+        struck = [line for line in trace.lines_of(place / "log") if "(INJECTED)" in line]
         diary = trace.whole_lines(diary_path)
         try:
             assert ended == "ended 0", "an error that is no StorageError"
@@ -69,7 +71,7 @@ def test_fsync_error_is_never_tried_again(nursery, points, place):
     """After a failed fsync the next one succeeds and proves nothing: that file is given up, and so is its checkpoint."""
     numbers = [number for call, number, _ in points if call == "fsync"]
     files = 0
-    for number in numbers[:: max(1, trace.STRIDE // 2)]:
+    for number in numbers[:: trace.STRIDE]:
         name = str(number)
         store, diary_path = trace.prepared(place, name)
 
@@ -77,7 +79,7 @@ def test_fsync_error_is_never_tried_again(nursery, points, place):
             place / name, diary_path, inject=f"fsync:error=EIO:when={number}", log=place / "log"
         ) == "ended 0"  # fmt: skip
 
-        lines = [line for line in (place / "log").read_text().splitlines() if " fsync(" in line]
+        lines = [line for line in trace.lines_of(place / "log") if " fsync(" in line]
         struck = next(place_in_log for place_in_log, line in enumerate(lines) if "(INJECTED)" in line)
         path = lines[struck].partition("<")[2].partition(">")[0]
         if not path.endswith((f"/{name}", "/checkpoints", "/history", "/pins", str(place))):

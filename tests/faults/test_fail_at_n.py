@@ -16,6 +16,7 @@ from highcamp.storage.local import LocalStore
 from highcamp.storage.memory import MemoryStore
 from highcamp.testing import FaultyStore
 
+
 @pytest.mark.parametrize("forever", [False, True], ids=["once", "for_ever"])
 @pytest.mark.parametrize("torn", [False, True], ids=["clean", "torn"])
 @pytest.mark.parametrize("kind", scene.STORES)
@@ -48,13 +49,15 @@ def test_clean_up_on_base_exception(place, kind):
 
 def train(store, *, epochs=4, on_error="raise", verbose=0):
     """A training script: the weights grow by what NumPy draws, so they tell whether the run was exact."""
-    np.random.seed(7)  # noqa: NPY002  (global random state is what a checkpoint carries)
+    np.random.seed(7)
     weights = {"kernel": np.zeros(4)}
-    with Checkpointer(store, monitor="val_loss", keep=Keep(best=1, last=2), on_error=on_error, verbose=verbose) as saver:
+    with Checkpointer(
+        store, monitor="val_loss", keep=Keep(best=1, last=2), on_error=on_error, verbose=verbose
+    ) as saver:
         saver.track(model=weights)
         for epoch in saver.epochs(epochs):
             saver._saver.raise_failed(wait=True)  # so that the operations come in the same order each time
-            weights["kernel"] += np.random.random(4)  # noqa: NPY002
+            weights["kernel"] += np.random.random(4)
             saver.log(val_loss=abs(epoch - 1.5) + epoch / 10)
     return weights["kernel"]
 

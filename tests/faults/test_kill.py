@@ -18,7 +18,7 @@ import pytest
 def test_killed_while_saving(nursery, points, place):
     """kill_at_syscall: a process may die on entry to any call of a save, a prune or a pin; nothing promised may go."""
     killed = 0
-    for index, (call, number, text) in list(enumerate(points))[::trace.STRIDE]:
+    for index, (call, number, text) in list(enumerate(points))[:: trace.STRIDE]:
         name = str(index)
         store, diary_path = trace.prepared(place, name)
 
@@ -38,7 +38,7 @@ def test_killed_while_saving(nursery, points, place):
 
 def test_killed_at_any_time(nursery, place):
     """The same without knowing where: between calls, in the interpreter, in the middle of a write."""
-    rng = random.Random(20260131)  # noqa: S311
+    rng = random.Random(20260131)
     _, diary = trace.prepared(place, "timed")
     began = time.perf_counter()
     assert nursery.run(place / "timed", diary) == "ended 0"

@@ -9,6 +9,7 @@ import pytest
 
 import highcamp
 from highcamp import Keep, StorageError
+from highcamp.run import commit
 from highcamp.storage.local import LocalStore
 from highcamp.testing import FaultyStore
 
@@ -118,7 +119,6 @@ def test_foreign_files_and_links_stay(store, place):
     assert store.local_path("notes.md").read_text() == "mine"
 
 
-
 def test_overwrite_adds_first(store):
     """Saving a step again makes a second checkpoint; the first goes later, by policy, and never before."""
     first = {path: path.read_bytes() for path in store.local_path("checkpoints/step-00000002").iterdir()}
@@ -148,8 +148,6 @@ def test_last_is_a_query(store):
     assert [entry.step for entry in run.checkpoints] == [1, 2, 3]
 
 
-
-
 def test_copied_in_is_not_trash(store, place):
     """A run copied with other tools is a run: no rename has to have happened, the manifest is the mark."""
     shutil.copytree(store.local_path(""), place / "elsewhere", copy_function=shutil.copyfile)
@@ -177,3 +175,19 @@ def test_two_checkpoints_of_one_step_keep_their_own_metrics(store):
     assert run.checkpoint(second.name).metrics == {"val_loss": 0.9, "val_accuracy": 0.7}
     assert run.best.name == first.name
     assert run.last.name == second.name
+
+
+def test_a_name_given_again_is_another_checkpoint(store):
+    """A run that stays open must not rank a new checkpoint by what an older one of the same name once said."""
+    run = highcamp.open(store)
+    attempt = scene.begin(store)
+    first = scene.save(attempt, 3, 0.01)
+    assert run.best == first
+    store.remove(commit.checkpoint_path(commit.withdraw(store, first.name)))
+
+    second = scene.save(attempt, 3, 0.9)
+    attempt.release()
+
+    assert second.name == first.name
+    assert (run.best.step, run.last.sequence) == (2, second.sequence)
+    assert run.last.manifest == second.manifest

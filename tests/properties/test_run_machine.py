@@ -8,7 +8,16 @@ import math
 import numpy as np
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, precondition, rule
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    multiple,
+    precondition,
+    rule,
+)
 
 import highcamp
 from highcamp import CheckpointNotFound, Every, Keep, Monitor, Refused, StorageError
@@ -276,6 +285,7 @@ class RunMachine(RuleBasedStateMachine):
 
 TestRunMachine = RunMachine.TestCase
 TestRunMachine.settings = settings(
-    max_examples=40, stateful_step_count=30, deadline=None, derandomize=True, database=None, phases=[Phase.generate],
+    max_examples=40, stateful_step_count=30, deadline=None, derandomize=True, database=None,
+    phases=[Phase.generate],  # names in the trash are random, so a smaller case may behave in another way
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )  # fmt: skip

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from datetime import UTC, datetime
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -220,7 +221,7 @@ sys.stdin.read()
     started = [
         subprocess.Popen(
             [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env={**os.environ, "PYTHONPATH": os.fspath(os.path.dirname(os.path.dirname(owner.__file__)) + "/..")},
+            env={**os.environ, "PYTHONPATH": str(Path(owner.__file__).parents[2])},
         )
         for _ in range(4)
     ]  # fmt: skip

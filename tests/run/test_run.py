@@ -34,6 +34,7 @@ class ReadOnly:
         self.url, self.list, self.size, self.read, self.open = store.url, store.list, store.size, store.read, store.open
 
     def publish(self, *_):
+        """Not for a reader."""
         raise AssertionError("a reader has written")
 
     create = draft = withdraw = remove = replace = append = publish

@@ -167,7 +167,7 @@ def test_a_directory_with_other_things_in_it_is_left_alone(where, train):
 
 
 def test_a_path_may_be_a_path(tmp_path, train):
-    """str and os.PathLike, with a `~`, spaces or any alphabet in them."""
+    """A str or an os.PathLike, with a `~`, spaces or any alphabet in them."""
     for name in ("plain", "with space", "日本語", "~"):
         assert train([0.5], directory=tmp_path / name).run.last.epoch == 1
         assert highcamp.open(str(tmp_path / name)).last.epoch == 1

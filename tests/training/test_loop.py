@@ -14,7 +14,7 @@ from highcamp.storage.memory import MemoryStore
 from highcamp.testing import FaultyStore
 
 
-class Stop(Exception):  # noqa: N818  (what stops a loop in these tests is no error of ours)
+class Stop(Exception):
     """A bug in somebody's training script."""
 
 
@@ -28,9 +28,9 @@ def store():
 def open_loop(store):
     """A Checkpointer on the run with one tracked object, and that object; keeps every checkpoint."""
 
-    def make(*, directory=store, keep=Keep(best=1, last=100), verbose=0, **options):  # noqa: B008
+    def make(*, directory=store, **options):
         weights = {"w": np.zeros(3)}
-        checkpointer = Checkpointer(directory, keep=keep, verbose=verbose, **options)
+        checkpointer = Checkpointer(directory, **{"keep": Keep(best=1, last=100), "verbose": 0, **options})
         checkpointer.track(model=weights)
         return checkpointer, weights["w"]
 
@@ -551,6 +551,21 @@ def test_saving_by_hand_takes_the_batch_at_hand_as_done(open_loop):
     assert places == [(4, 0, 4, 4), (10, 1, 0, 10)]
 
 
+def test_a_batch_is_counted_once(open_loop):
+    """Saved by hand twice while a batch is at hand, that batch would be three steps."""
+    checkpointer, weights = open_loop()
+
+    with checkpointer:
+        for _ in checkpointer.epochs(1):
+            for batch in checkpointer.batches(range(5)):
+                weights += 1
+                if batch == 2:
+                    checkpointer.save()
+                    checkpointer.save()
+
+    assert _places(checkpointer.run) == [(3, 0, 3, 3), (3, 0, 3, 3), (5, 1, 0, 5)]
+
+
 def test_saving_by_hand_in_an_epoch_that_is_not_counted_is_refused(open_loop):
     """Resumed from it, the whole epoch would be trained on again; and it would be ranked by the epoch before."""
     checkpointer, weights = open_loop()
@@ -574,7 +589,19 @@ class Shuffled:
         return at
 
     def __iter__(self):
-        return iter(np.random.permutation(6).tolist())  # noqa: NPY002  (the global generator, as many do)
+        return iter(np.random.permutation(6).tolist())
+
+
+class ByIndex:
+    """Has items by index and nothing else: iterating over it is asking for 0, 1, 2 and so on."""
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, at):
+        if at >= 6:
+            raise IndexError
+        return at
 
 
 LOADERS = {
@@ -584,10 +611,8 @@ LOADERS = {
     "iterator": lambda: iter(range(6)),
     "array": lambda: np.arange(6),
     "shuffled": Shuffled,
-    "by index": lambda: type("ByIndex", (), {
-        "__len__": lambda _: 6, "__getitem__": lambda _, at: at if at < 6 else [][at],
-    })(),
-    "dict": lambda: {name: 1 for name in "abcdef"},
+    "by index": ByIndex,
+    "dict": lambda: dict.fromkeys("abcdef", 1),
 }  # fmt: skip
 
 
@@ -595,15 +620,15 @@ LOADERS = {
 @pytest.mark.parametrize("kind", LOADERS)
 def test_the_batches_that_follow_are_those_that_would_have_followed(open_loop, kind, stop):
     """Resumed in mid-epoch, some batches would be trained on twice and others never."""
-    np.random.seed(3)  # noqa: NPY002
+    np.random.seed(3)
     checkpointer, weights = open_loop(directory=MemoryStore(), every=Every(steps=1))
     expected = _train(checkpointer, weights, 2, LOADERS[kind])
 
-    np.random.seed(3)  # noqa: NPY002
+    np.random.seed(3)
     checkpointer, weights = open_loop(every=Every(steps=1))
     with pytest.raises(Stop):
         _train(checkpointer, weights, 2, LOADERS[kind], stop_before=stop)
-    np.random.seed(99)  # noqa: NPY002
+    np.random.seed(99)
     checkpointer, weights = open_loop(every=Every(steps=1))
     rest = _train(checkpointer, weights, 2, LOADERS[kind])
 

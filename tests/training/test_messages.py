@@ -169,7 +169,7 @@ def test_a_failed_save_is_told_with_on_error_warn(capsys):
     ],
 )
 def test_two_values_are_told_apart(one, other, texts):
-    """ "0.00004 improved to 0.00004"."""
+    """Otherwise a line says that 0.00004 has improved to 0.00004."""
     found = messages.two_numbers(one, other)
 
     assert found[0] != found[1]

@@ -13,7 +13,7 @@ import highcamp
 from highcamp import Checkpointer, Damaged, Every, InvalidArgument, InvalidState, Keep, Mismatch, Refused, RunLocked
 
 
-class Stop(Exception):  # noqa: N818
+class Stop(Exception):
     """A crash."""
 
 
@@ -25,9 +25,11 @@ class Counter:
         self.loaded = False
 
     def state_dict(self):
+        """What is saved."""
         return {"count": self.count}
 
     def load_state_dict(self, state):
+        """Note that it was called."""
         self.count, self.loaded = state["count"], True
 
 
@@ -48,7 +50,7 @@ def test_everything_tracked_comes_back(where):
             "model": {"w": np.zeros(3), "layers": [np.zeros(2), {"b": np.zeros(1)}], "name": "a", "rate": 0.5},
             "moments": [np.zeros(2), np.zeros(2, np.float16)],
             "own": Counter(),
-            "python": random.Random(0),  # noqa: S311
+            "python": random.Random(0),
             "generator": np.random.default_rng(0),
             "legacy": np.random.RandomState(0),
         }
@@ -152,7 +154,7 @@ def test_restore_comes_before_the_first_epoch_is_asked_for(where):
 
 def test_mismatch_lists_everything_and_changes_nothing(where):
     """One difference per attempt, and the objects that were restored before it already overwritten."""
-    np.random.seed(0)  # noqa: NPY002
+    np.random.seed(0)
     with Checkpointer(where, verbose=0) as checkpointer:
         checkpointer.track(
             model={"kernel": np.ones((3, 4)), "bias": np.ones(4), "gone": np.ones(1)},
@@ -163,8 +165,8 @@ def test_mismatch_lists_everything_and_changes_nothing(where):
     files = {path: path.read_bytes() for path in sorted((where / "checkpoints").rglob("*")) if path.is_file()}
     model = {"kernel": np.zeros((3, 5)), "bias": np.zeros(4, np.float32), "new": np.zeros(1)}
     counter, zed = Counter(), {"w": np.zeros(2, np.int64)}
-    np.random.seed(7)  # noqa: NPY002
-    state = np.random.get_state(legacy=False)["state"]["key"].tobytes()  # noqa: NPY002
+    np.random.seed(7)
+    state = np.random.get_state(legacy=False)["state"]["key"].tobytes()
 
     with pytest.raises(Mismatch) as error, Checkpointer(where, verbose=0) as again:
         again.track(model=model, other=counter, zed=zed)
@@ -180,7 +182,7 @@ def test_mismatch_lists_everything_and_changes_nothing(where):
     assert "nothing was changed" in error.value.message
     assert not any(array.any() for array in (*model.values(), *zed.values()))
     assert not counter.loaded
-    assert np.random.get_state(legacy=False)["state"]["key"].tobytes() == state  # noqa: NPY002
+    assert np.random.get_state(legacy=False)["state"]["key"].tobytes() == state
     assert (again.epoch, again.step) == (0, 0)
     assert {path: path.read_bytes() for path in files} == files
     assert len(again.run.history.attempts) == 1
@@ -280,7 +282,7 @@ def test_lost_random_state_is_loud(where):
         set_random_state(state, where="run")
 
 
-@pytest.mark.parametrize("obj", [3, "text", len, (np.zeros(3),), object(), None], ids=repr)
+@pytest.mark.parametrize("obj", [3, "text", len, (np.zeros(3),), object(), None], ids=lambda obj: type(obj).__name__)
 def test_what_has_no_state_is_refused_at_once(where, obj):
     """It would be found out at the end of the first epoch."""
     checkpointer = Checkpointer(where)

@@ -23,10 +23,12 @@ class Watched(MemoryStore):
         self.log = []
 
     def publish(self, draft, target):
+        """Write it down when it is done."""
         super().publish(draft, target)
         self.log.append(("add", target.rpartition("/")[2]))
 
     def withdraw(self, path, to):
+        """Write it down before it is done."""
         self.log.append(("remove", path.rpartition("/")[2], threading.current_thread().name))
         super().withdraw(path, to)
 

@@ -86,7 +86,10 @@ def test_restore_on_a_fresh_start_is_none(make):
         {"empty": {}, "model": {"w": np.arange(3)}},
         {"model": np.arange(3), "count": 7},
     ],
-    ids=["dict", "namedtuple", "list", "tuple", "array", "arrays", "ordered", "int keys", "our name", "path", "case", "empty", "mixed"],
+    ids=[
+        "dict", "namedtuple", "list", "tuple", "array", "arrays", "ordered", "int keys", "our name", "path", "case", "empty",
+        "mixed",
+    ],
 )  # fmt: skip
 def test_structure_comes_back(make, state):
     """A named tuple that comes back as a list is a TypeError in the first step after a restart."""
@@ -250,17 +253,17 @@ def test_restore_again_goes_back_to_the_last(make):
 def test_random_states_come_back_with_the_state(make):
     """A resumed run would go on with other random numbers than one that was never stopped."""
     random.seed(5)
-    np.random.seed(5)  # noqa: NPY002
+    np.random.seed(5)
     with make() as checkpointer:
         checkpointer.save(_state(1), step=1)
-    expected = (random.random(), np.random.random())  # noqa: NPY002, S311
+    expected = (random.random(), np.random.random())
     random.seed(6)
-    np.random.seed(6)  # noqa: NPY002
+    np.random.seed(6)
 
     with make() as again:
         again.restore(like=_state(0))
 
-    assert (random.random(), np.random.random()) == expected  # noqa: NPY002, S311
+    assert (random.random(), np.random.random()) == expected
 
 
 def test_a_mismatch_lists_every_difference(make):

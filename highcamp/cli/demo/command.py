@@ -155,7 +155,7 @@ def _train(
     elif crash:
         screen.say(f"{' ' * INDENT}One epoch has no middle: nothing will be killed.")
     second = _start(directory, backend, epochs)
-    return _watch(screen, second, directory, epochs, kill_after=None, done=half if killed_in else 0), killed_in
+    return _watch(screen, second, directory, epochs, kill_after=None, done=killed_in - 1 if killed_in else 0), killed_in
 
 
 def _start(directory: Path, backend: str, epochs: int) -> Training:
@@ -223,7 +223,7 @@ def _watch(
         while not hear() and process.poll() is None:
             time.sleep(POLL_SECONDS)
         if is_again:
-            _say_resumed(screen, process, directory, epochs)
+            _say_resumed(screen, process, directory, epochs, done)
         with screen.progress(epochs, done) as move:
             _follow(training, directory, move, kill_after=kill_after, epochs=epochs)
         while process.poll() is None or not training.events.empty():
@@ -283,7 +283,7 @@ def _progress(directory: Path) -> tuple[int, float | None, int | None]:
     return max((row.epoch for row in rows), default=0), *best
 
 
-def _say_resumed(screen: Screen, process: subprocess.Popen[str], directory: Path, epochs: int) -> None:
+def _say_resumed(screen: Screen, process: subprocess.Popen[str], directory: Path, epochs: int, done: int) -> None:
     """Where the second attempt goes on, as soon as the history says so."""
     while process.poll() is None:
         attempts = open_run(directory).history.attempts
@@ -294,6 +294,9 @@ def _say_resumed(screen: Screen, process: subprocess.Popen[str], directory: Path
                 f"{' ' * INDENT}It goes on by itself from {origin.resumed_from}, the end of epoch {origin.epoch}; {rest} to go.",
                 style="bold green",
             )
+            if origin.epoch < done:
+                words = f"The checkpoint of epoch {done} was not on disk yet; nothing half-written is used."
+                screen.say(" " * INDENT + words)
             return
         time.sleep(POLL_SECONDS)
 

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
     from highcamp.cli.look import Look
 
+FEW_EPOCHS = 5  # val_loss goes up and down by itself from one epoch to the next
+
 TITLES = {1: "Load", 2: "Preprocess", 3: "Split", 4: "Define", 5: "Compile", 6: "Train", 7: "Evaluate"}
 
 
@@ -46,6 +48,8 @@ def best_and_last(seen: Look) -> str:
         f"val_loss was lowest in epoch {best.epoch}: {number(low)}. In the last epoch, {last.epoch}, it is {number(now)},"
         f" {100 * (now / low - 1):.0f} % worse"
     )
+    if last.epoch - best.epoch < FEW_EPOCHS:
+        return f"{sentence}; so shortly after, that may be chance."
     training, training_now = best.metrics.get("loss"), last.metrics.get("loss")
     if training is not None and training_now is not None and training_now < training:
         return f"{sentence}, although the training loss kept falling: the network was learning its images by heart."
@@ -67,6 +71,7 @@ def on_the_test_set(last: Mapping[str, Any], best: Mapping[str, Any], *, is_same
         more = "more" if difference > 0 else "fewer"
         sentence = f"The best weights read {count(abs(difference), 'image')} {more} correctly than the last{doubt}"
     if by_loss == "lower":
-        joint = "and" if difference > 0 else "but"
-        return f"{sentence}, {joint} their loss is lower: the last ones are surer of what they get wrong."
+        if difference > 0:
+            return f"{sentence}, and their loss is lower."
+        return f"{sentence}, but their loss is lower: it also counts how sure each answer was."
     return f"{sentence}; their loss is {by_loss}."

@@ -44,12 +44,14 @@ class Deadly(LocalStore):
         self.count = 0
 
     def event(self, what: str) -> None:
+        """Something happens; the N-th time it is the last thing that does."""
         self.count += 1
         if self.count == self.fuse:
             (DIRECTORY / "deaths").open("a").write(what + "\n")
             os.kill(os.getpid(), signal.SIGKILL)
 
     def create(self, path: str, chunks: Any) -> None:
+        """Die before, after, or when half of a piece is written."""
         self.event(f"before create {path}")
 
         def torn() -> Any:
@@ -92,6 +94,7 @@ class Batches:
 
 
 def train_numpy(store: Deadly, seed: int) -> dict[str, Any]:
+    """A linear model with momentum; returns everything that must be the same."""
     data = np.random.default_rng(1).standard_normal((21, 5))
     target = data @ np.arange(5.0) + 1
     np.random.seed(seed)
@@ -123,6 +126,7 @@ def train_numpy(store: Deadly, seed: int) -> dict[str, Any]:
 
 
 def train_torch(store: Deadly, seed: int) -> dict[str, Any]:
+    """A network with dropout and batch statistics, AdamW and a schedule by steps; returns what must be the same."""
     torch.manual_seed(seed)
     np.random.seed(seed)
     random.seed(seed)
@@ -182,7 +186,7 @@ def attempt(directory: Path, seed: int, fuse: int) -> int | None:
             result = (train_torch if KIND == "torch" else train_numpy)(store, seed)
             (directory / "result.json").write_text(json.dumps(fingerprint(result)))
             (directory / "events").write_text(str(store.count))
-        except BaseException:
+        except BaseException:  # noqa: BLE001  (a forked child must not go on as its parent)
             traceback.print_exc()
             os._exit(70)
         os._exit(0)
