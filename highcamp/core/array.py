@@ -78,6 +78,8 @@ class HostArray:
     """The bytes: one axis of format "B", as many as dtype and shape ask for; shared with whoever made it."""
     tie: Hashable | None = None
     """Equal for two arrays over the same memory: with equal dtype and shape they are written once."""
+    kind: str = ""
+    """Whose array it was, such as "torch", so that it comes back as one; "" for NumPy's and where the object decides."""
 
     def __post_init__(self) -> None:
         """Raise InvalidArgument when the bytes cannot be what dtype and shape say."""

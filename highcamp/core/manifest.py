@@ -52,7 +52,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """Everything that is known about a checkpoint without reading its tensors.
 
     step, epoch: optimizer steps and epochs done when the state was captured. batch: batches done in the epoch under way.
-    sequence: grows with every commit of the run. attempt: which stretch of the run wrote it. parent: the checkpoint that
+    sequence: grows with every commit of the run. attempt: which stretch of the run wrote it. owner: how often the run had
+    changed hands. parent: the checkpoint that
     this state grew out of. created_at: RFC 3339, UTC. metrics: those measured at this step; a value that is not finite is
     null there and named in `nonfinite` ("nan", "inf", "-inf").
     """
@@ -64,6 +65,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     batch: Count = 0
     sequence: Count
     attempt: Count
+    owner: Count = 0
     parent: str | None = None
     created_at: str
     metrics: dict[str, float | None] = {}

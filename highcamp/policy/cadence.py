@@ -32,6 +32,11 @@ class Every:
                 hint="for example Every(epochs=1), Every(steps=1000) or Every(seconds=600)",
             )
 
+    @property
+    def counts_only_epochs(self) -> bool:
+        """Whether neither steps nor time make a checkpoint due."""
+        return self.steps is None and self.seconds is None
+
     def is_due(self, *, epochs: int, steps: int, seconds: float) -> bool:
         """Whether a checkpoint is due, given what has passed since the last save."""
         return (

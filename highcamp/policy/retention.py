@@ -104,9 +104,7 @@ def plan(
     )
 
 
-def _milestones(
-    ordered: Sequence[Candidate], period: int, count: Callable[[Candidate], int]
-) -> Collection[Candidate]:
+def _milestones(ordered: Sequence[Candidate], period: int, count: Callable[[Candidate], int]) -> Collection[Candidate]:
     """The first candidate at or past each multiple of the period; of two of the same step, the newer.
 
     At or past, because a cadence by epochs may never meet a multiple of steps. One that was kept stays the first, so the

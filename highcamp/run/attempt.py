@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from highcamp.storage.store import Store
 
 
+MAX_UNDURABLE_ROWS = 10_000  # kept in memory, a few MB, until they are known to be durable
+
+
 class OngoingAttempt:
     """One process's stretch of a run, while it lasts.
 
@@ -42,6 +45,7 @@ class OngoingAttempt:
 
         Raises RunLocked naming a live owner, StorageError if the place cannot be written to.
         """
+        self._pid = os.getpid()
         self._store = store
         self._monitor = monitor
         self._keep = keep
@@ -86,12 +90,12 @@ class OngoingAttempt:
 
     def note(self, *, tracked: Sequence[str] | None = None, epochs_planned: int | None = None) -> None:
         """Write into `run.json` what is known now. tracked: the names of the objects that checkpoints will hold."""
-        changed = self._settings
-        if tracked is not None:
-            changed = msgspec.structs.replace(changed, tracked=tuple(tracked))
-        if epochs_planned is not None:
-            changed = msgspec.structs.replace(changed, epochs_planned=epochs_planned)
         with self._lock:
+            changed = self._settings
+            if tracked is not None:
+                changed = msgspec.structs.replace(changed, tracked=tuple(tracked))
+            if epochs_planned is not None:
+                changed = msgspec.structs.replace(changed, epochs_planned=epochs_planned)
             self._settings = changed
             if self._written != changed:
                 write_settings(self._store, changed)
@@ -143,6 +147,10 @@ class OngoingAttempt:
         """Give the run back without a word."""
         self._ownership.release()
 
+    def rewound_to(self, checkpoint: Checkpoint) -> None:
+        """The loop went back to a checkpoint: what is saved next grows out of it."""
+        self._parent = checkpoint.name
+
     def note_damaged(self, name: str) -> None:
         """Remember a checkpoint that was found damaged: it fills no quota, and nothing removes it."""
         self._damaged.add(name)
@@ -155,12 +163,13 @@ class OngoingAttempt:
         finite, nonfinite = split_metrics(metrics)
         return Manifest(
             run_id=self._settings.run_id, step=step, epoch=epoch, batch=batch, sequence=self._sequence,
-            attempt=self.number, parent=self._parent, created_at=format_time(datetime.now(UTC)),
+            attempt=self.number, owner=self._ownership.number, parent=self._parent, created_at=format_time(datetime.now(UTC)),
             metrics=finite, nonfinite=nonfinite, versions=versions,
         )  # fmt: skip
 
     def commit(self, manifest: Manifest, parts: Sequence[Part]) -> Checkpoint:
         """Make a checkpoint exist; when this returns it is durable, and so is every row logged before it."""
+        self._ownership.check()
         self._check_space(sum(len(part.data) for part in parts))
         self.sync()  # a row lost in a power cut would turn the best into an unranked checkpoint
         name, manifest = commit.commit(self._store, manifest, parts)
@@ -168,27 +177,19 @@ class OngoingAttempt:
         return Checkpoint(name, manifest, manifest.values, store=self._store)
 
     def prune(self) -> list[str]:
-        """Remove what the retention does not keep, and return the names; what was just committed is looked at first.
+        """Remove what the retention does not keep, and return the names; what was committed last always stays.
 
-        Nothing goes before the newest checkpoint is seen to be there, and all rows that rank it are durable.
+        Nothing goes before what would be left is seen to be whole, and all rows that rank it are durable.
         """
         plan = self.run.plan(self._keep, monitor=self._monitor, damaged=self._damaged)
-        if not plan.remove:
+        doomed = [name for name in plan.remove if name != self._parent]
+        if not doomed:
             return []
+        self._ownership.check()
         self.sync()
-        survivors = [
-            entry for entry in self.run.checkpoints if entry.name in plan.keep and entry.name not in self._damaged
-        ]
-        whole = [entry for entry in survivors if entry.verify(quick=len(survivors) > 1).is_whole]
-        if not whole:
-            names = ", ".join(entry.name for entry in survivors) or "no checkpoint"
-            raise Damaged(
-                f"nothing was removed: {names} would be all that is left, and is not whole",
-                path=self._store.url,
-                hint=f'"highcamp verify {self._store.url}" shows the damage',
-            )
+        self.run.check_survivors(doomed, damaged=self._damaged)
         removed = []
-        for name in plan.remove:
+        for name in doomed:
             trash = self.run.withdraw_unpinned(name, doomed=True)
             if trash is not None:
                 self._store.remove(commit.checkpoint_path(trash))
@@ -202,12 +203,14 @@ class OngoingAttempt:
                 self._write_rows(durable=True)
 
     def _append(self, event: Event, *, durable: bool) -> None:
+        if os.getpid() != self._pid:
+            self._ownership.check()  # raises: a forked child must not write into its parent's history
         with self._lock:
             self._rows += 1
             event = msgspec.structs.replace(event, row=self._rows)
             self._unwritten.append(event)
             self._undurable.append(event)
-            self._write_rows(durable=durable)
+            self._write_rows(durable=durable or len(self._undurable) > MAX_UNDURABLE_ROWS)
 
     def _write_rows(self, *, durable: bool) -> None:
         try:

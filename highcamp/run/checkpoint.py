@@ -126,15 +126,22 @@ class Checkpoint:
             raise InvalidArgument(
                 "restore() was given no objects", hint="name them as they are saved: restore(model=model)"
             )
-        live.restore_objects({name: (entry, self.saved(name)) for name, entry in objects.items()}, where=self.path)
+        state = self._state()
+        pairs = {name: (entry, self._read(name, mapped=False, state=state)) for name, entry in objects.items()}
+        live.restore_objects(pairs, where=self.path)
 
     def saved(self, name: str) -> live.Saved:
-        """The verified saved state of one object, its tensors in memory of their own. Raises CheckpointNotFound, Damaged."""
+        """The verified saved state of one object, its tensors in memory of their own.
+
+        Raises CheckpointNotFound, Damaged.
+        """
         return self._read(name, mapped=False)
 
-    def _read(self, name: str, *, mapped: bool) -> live.Saved:
+    def _read(self, name: str, *, mapped: bool, state: commit.State | None = None) -> live.Saved:
+        self._require(name)
         try:
-            skeleton = self.skeleton(name)
+            state = state or self._state()
+            skeleton = state.objects[name]
             tensors = load_tensors(self, name, mapped=mapped)
         except Damaged as error:
             if commit.read_manifest(self.store, self.name) is not None:
@@ -149,7 +156,10 @@ class Checkpoint:
         except (Damaged, KeyError) as error:
             problem = error.message if isinstance(error, Damaged) else f"it names a tensor {error} that is not there"
             raise damaged(self, f"the {name} in {STATE} cannot be read: {problem}") from error
-        return live.Saved(skeleton, tensors)
+        return live.Saved(skeleton, tensors, state.kinds.get(name, {}))
+
+    def _state(self) -> commit.State:
+        return commit.read_state(self.store, self.name, self.manifest)
 
     def verify(self, *, quick: bool = False) -> Verification:
         """Compare every byte with its digest (quick: only names and sizes) and name what is damaged; repairs nothing."""
@@ -165,8 +175,11 @@ class Checkpoint:
 
     def skeleton(self, name: str) -> Any:
         """The tree of one object as JSON, tensors named; `docs/format.md` has its rules. Raises CheckpointNotFound, Damaged."""
+        self._require(name)
+        return self._state().objects[name]
+
+    def _require(self, name: str) -> None:
         if name not in self.manifest.objects:
             raise CheckpointNotFound(
                 f"{self.path} holds no object {name!r}", path=self.path, hint=f"it holds {', '.join(self.objects)}"
             )
-        return commit.read_state(self.store, self.name, self.manifest).objects[name]

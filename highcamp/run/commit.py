@@ -40,21 +40,28 @@ class Part:
     """One object of the training state, ready to be written.
 
     skeleton: its tree, tensors named. layout: the table of its tensor file, None if it has no tensors. data: the bytes of
-    the data section in the order of the layout, at least until `commit` has returned.
+    the data section in the order of the layout, at least until `commit` has returned. kinds: the framework whose array a
+    tensor was, by tensor name; NumPy's are left out.
     """
 
     name: str
     skeleton: Any
     layout: Layout | None = None
     data: memoryview = field(default=memoryview(b""), repr=False)
+    kinds: dict[str, str] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True)
 class State:
-    """What `state.json` holds: the skeleton of each object, and the digests of the tensors of each file in file order."""
+    """What `state.json` holds.
+
+    objects: the skeleton of each object. digests: of the tensors of each file, in file order. kinds: for each object, the
+    framework whose array a tensor was.
+    """
 
     objects: dict[str, Any]
     digests: dict[str, list[str]]
+    kinds: dict[str, dict[str, str]]
 
 
 def checkpoint_path(name: str) -> str:
@@ -132,7 +139,9 @@ def _write_tensors(store: Store, draft: str, part: Part, layout: Layout) -> tupl
 
 
 def _write_state(store: Store, draft: str, parts: Sequence[Part], digests: dict[str, list[str]]) -> File:
-    data = strict.write({"format": 1, "objects": {part.name: part.skeleton for part in parts}, "digests": digests})
+    objects = {part.name: part.skeleton for part in parts}
+    kinds = {part.name: part.kinds for part in parts if part.kinds}
+    data = strict.write({"format": 1, "objects": objects, "digests": digests, "kinds": kinds})
     store.create(f"{draft}/{STATE}", [data])
     return File(STATE, len(data), digest(data))
 
@@ -186,12 +195,14 @@ def read_state(store: Store, name: str, manifest: Manifest) -> State:
     document = strict.read(data, where=path, limit=MAX_STATE_BYTES, max_depth=MAX_STATE_DEPTH)
     if not isinstance(document, dict):
         raise Damaged(f"{path} is no object", path=path)
-    objects, digests = document.get("objects"), document.get("digests")
+    objects, digests, kinds = document.get("objects"), document.get("digests"), document.get("kinds", {})
     if not isinstance(objects, dict) or not isinstance(digests, dict) or set(objects) != set(manifest.objects):
         raise Damaged(f"{path} does not hold the objects that its manifest lists", path=path)
     if not all(isinstance(row, list) and all(isinstance(text, str) for text in row) for row in digests.values()):
         raise Damaged(f"{path}: its table of digests is malformed", path=path)
-    return State(objects, digests)
+    if not isinstance(kinds, dict) or not all(isinstance(names, dict) for names in kinds.values()):
+        raise Damaged(f"{path}: its table of kinds is malformed", path=path)
+    return State(objects, digests, kinds)
 
 
 MAX_STATE_DEPTH = 500  # a tree of depth 100 (the limit when saving) needs at most four brackets a level, and some

@@ -8,14 +8,19 @@ not yet durable; `row` tells events apart that stand in both.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import re
-from dataclasses import dataclass, field, replace
+import sys
+import threading
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from highcamp.core.manifest import join_metrics, split_metrics
+from highcamp.errors import Damaged
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -81,16 +86,55 @@ class Attempt:
     pid: int | None = None
 
 
+@dataclass
+class _Log:
+    """What the history files of one attempt hold."""
+
+    start: Event | None = None
+    ended: str | None = None
+    events: list[Event] = field(default_factory=list)
+    by_step: dict[int, dict[str, float]] = field(default_factory=dict)
+    seen: set[int] = field(default_factory=set)
+
+    def add(self, event: Event) -> None:
+        """Take in one event; one that stands in two files counts once."""
+        if event.row in self.seen:
+            return
+        if event.row:
+            self.seen.add(event.row)
+        if event.event == "start":
+            self.start = event
+        elif event.event == "end":
+            self.ended = event.how
+        elif event.event == "log":
+            self.events.append(event)
+            self.by_step.setdefault(event.step, {}).update(join_metrics(event.metrics, event.nonfinite))
+
+
 @dataclass(frozen=True)
 class History:
-    """Every row of metrics of a run.
+    """Every row of metrics of a run. attempts: by number."""
 
-    all_rows: as they were logged, those of abandoned stretches included. attempts: by number.
-    """
-
-    all_rows: tuple[Row, ...] = ()
     attempts: tuple[Attempt, ...] = ()
-    _by_place: dict[tuple[int, int], dict[str, float]] = field(default_factory=dict, repr=False, compare=False)
+    _logs: Mapping[int, _Log] = field(default_factory=dict, repr=False, compare=False)
+
+    @functools.cached_property
+    def all_rows(self) -> tuple[Row, ...]:
+        """The rows as they were logged, those of abandoned stretches included."""
+        rows: list[Row] = []
+        ends: list[tuple[int, int]] = []  # for each attempt, the earliest place that a later one began at
+        earliest = (sys.maxsize, sys.maxsize)
+        for attempt in reversed(self.attempts):
+            ends.append(earliest)
+            earliest = min(earliest, (attempt.step, attempt.epoch))
+        begun = dict(zip((attempt.number for attempt in self.attempts), reversed(ends), strict=True))
+        for number in sorted(self._logs):
+            end = begun.get(number, (sys.maxsize, sys.maxsize))
+            for event in self._logs[number].events:
+                values = join_metrics(event.metrics, event.nonfinite)
+                gone = end < (event.step, event.epoch)
+                rows.append(Row(number, event.step, event.epoch, values, parse_time(event.at), gone, event.batch))
+        return tuple(rows)
 
     @property
     def rows(self) -> list[Row]:
@@ -113,50 +157,90 @@ class History:
             merged[row.epoch] = Row(row.attempt, row.step, row.epoch, values, row.at)
         return [merged[epoch] for epoch in sorted(merged)]
 
-    def at_checkpoint(self, name: str, attempt: int, step: int) -> dict[str, float]:
-        """What was measured on the state of a checkpoint.
+    def at_checkpoint(self, name: str, attempt: int, step: int, *, until: int | None = None) -> dict[str, float]:
+        """What was measured on the state of a checkpoint, by rows of its own step.
 
-        Those are the rows of its own step, logged by its attempt or by one that resumed from it.
+        They are its own attempt's, those of an attempt that resumed from it, and those that a later attempt logged for a
+        step behind it. until: the attempt that has committed that step anew, to whose checkpoint later ones belong.
         """
-        found = dict(self._by_place.get((attempt, step), {}))
-        for later in self.attempts:
-            if later.resumed_from == name:
-                found.update(self._by_place.get((later.number, step), {}))
+        own = self._logs.get(attempt)
+        found = dict(own.by_step.get(step, {})) if own else {}
+        for number in self._logged_at.get(step, ()):
+            start = self._logs[number].start
+            if number <= attempt or start is None:
+                continue
+            is_behind = start.step > step and (until is None or number < until)
+            if start.resumed_from == name or is_behind:
+                found.update(self._logs[number].by_step[step])
+        return found
+
+    @functools.cached_property
+    def _logged_at(self) -> dict[int, list[int]]:
+        """The attempts that have rows of a step, for the steps that more than their first attempt knows."""
+        found: dict[int, list[int]] = {}
+        for number in sorted(self._logs)[1:]:
+            for step in self._logs[number].by_step:
+                found.setdefault(step, []).append(number)
         return found
 
 
-def read_history(store: Store) -> History:
-    """Read the history of the run in `store`; lines that are torn or not ours are passed over."""
-    attempts: dict[int, Attempt] = {}
-    logged: list[tuple[int, Event]] = []
-    for number in attempt_numbers(store):
-        ended: str | None = None
-        for event in _events(store, number):
-            if event.event == "start":
-                attempts[number] = Attempt(
-                    number, parse_time(event.at), event.resumed_from, event.step, event.epoch, event.batch,
-                    None, event.host, event.pid,
-                )  # fmt: skip
-            elif event.event == "log":
-                logged.append((number, event))
-            elif event.event == "end":
-                ended = event.how
-        if number in attempts and ended:
-            attempts[number] = replace(attempts[number], ended=ended)
-    by_place: dict[tuple[int, int], dict[str, float]] = {}
-    rows = []
-    for number, event in logged:
-        values = join_metrics(event.metrics, event.nonfinite)
-        by_place.setdefault((number, event.step), {}).update(values)
-        place = (event.step, event.epoch)
-        gone = any(later.number > number and (later.step, later.epoch) < place for later in attempts.values())
-        rows.append(Row(number, event.step, event.epoch, values, parse_time(event.at), gone, event.batch))
-    return History(tuple(rows), tuple(attempts[n] for n in sorted(attempts)), by_place)
+class HistoryReader:
+    """Reads the history of a run again and again; what has been read is remembered, so that only news is parsed."""
+
+    def __init__(self, store: Store) -> None:
+        """Nothing is read yet."""
+        self._store = store
+        self._lock = threading.Lock()  # training asks, and so does the writer that prunes
+        self._parsed: dict[str, int] = {}
+        self._logs: dict[int, _Log] = {}
+
+    def read(self) -> History:
+        """The history as it is now; lines that are torn or not ours are passed over."""
+        with self._lock:
+            files = [(int(match[1]), int(match[2] or 1), name) for name, match in _files(self._store)]
+            sizes = {name: self._store.size(f"{DIRECTORY}/{name}") or 0 for _, _, name in files}
+            if any(sizes.get(name, -1) < parsed for name, parsed in self._parsed.items()):
+                self._parsed, self._logs = {}, {}  # another run has been put in this place
+            for number, _, name in sorted(files):
+                log = self._logs.setdefault(number, _Log())
+                if sizes[name] > self._parsed.get(name, 0):
+                    self._parsed[name] = self._read_on(name, log, sizes[name])
+            attempts = [_attempt(number, log) for number, log in sorted(self._logs.items())]
+            return History(tuple(attempt for attempt in attempts if attempt), dict(self._logs))
+
+    def _read_on(self, name: str, log: _Log, size: int) -> int:
+        """Parse what has come since the last look, whole lines only; returns where the next look begins."""
+        begin = self._parsed.get(name, 0)
+        if size > MAX_HISTORY_BYTES:
+            raise Damaged(f"{DIRECTORY}/{name} is {size} bytes, the limit is {MAX_HISTORY_BYTES}", path=name)
+        with self._store.open(f"{DIRECTORY}/{name}") as reader:
+            data = bytearray(min(size, reader.size) - begin)
+            reader.read_into(begin, memoryview(data))
+        decoder = msgspec.json.Decoder(Event)
+        whole = data.rfind(b"\n") + 1
+        for line in bytes(data[:whole]).split(b"\n"):
+            with contextlib.suppress(msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
+                log.add(decoder.decode(line))  # torn, or written by a newer version: the other rows still count
+        return begin + whole
+
+
+def _attempt(number: int, log: _Log) -> Attempt | None:
+    start = log.start
+    if start is None:
+        return None
+    return Attempt(
+        number, parse_time(start.at), start.resumed_from, start.step, start.epoch, start.batch, log.ended, start.host,
+        start.pid,
+    )  # fmt: skip
+
+
+def _files(store: Store) -> list[tuple[str, re.Match[str]]]:
+    return [(name, match) for name in store.list(DIRECTORY) if (match := _FILE.match(name))]
 
 
 def attempt_numbers(store: Store) -> list[int]:
     """The numbers of the attempts that have a history file, ascending."""
-    return sorted({int(found[1]) for name in store.list(DIRECTORY) if (found := _FILE.match(name))})
+    return sorted({int(match[1]) for _, match in _files(store)})
 
 
 def append_events(store: Store, attempt: int, part: int, events: Sequence[Event], *, durable: bool) -> None:
@@ -188,21 +272,3 @@ def parse_time(text: str) -> datetime:
         return datetime.fromisoformat(text).astimezone(UTC)
     except (ValueError, OverflowError):  # OverflowError: the first or the last day there is, in another time zone
         return datetime.fromtimestamp(0, UTC)
-
-
-def _events(store: Store, attempt: int) -> list[Event]:
-    decoder = msgspec.json.Decoder(Event)
-    events: dict[int, Event] = {}
-    for _, name in sorted(_parts(store, attempt)):
-        for line in store.read(f"{DIRECTORY}/{name}", MAX_HISTORY_BYTES).split(b"\n"):
-            try:
-                event = decoder.decode(line)
-            except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
-                continue  # torn by a crash, or written by a newer version: the other rows still count
-            events.setdefault(event.row or -1 - len(events), event)
-    return list(events.values())
-
-
-def _parts(store: Store, attempt: int) -> list[tuple[int, str]]:
-    found = ((_FILE.match(name), name) for name in store.list(DIRECTORY))
-    return [(int(match[2] or 1), name) for match, name in found if match and int(match[1]) == attempt]

@@ -58,10 +58,14 @@ class Framework(Protocol):
 
 @dataclass(frozen=True)
 class Saved:
-    """The saved state of one object: its skeleton, and its tensors by their names."""
+    """The saved state of one object.
+
+    skeleton: its tree. tensors: by their names. kinds: the framework whose array a tensor was, by its name.
+    """
 
     skeleton: Any
     tensors: dict[str, HostArray] = field(repr=False)
+    kinds: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def specs(self) -> dict[str, Spec]:
         """Data type and shape of every tensor by path, tied ones under each of their paths."""
@@ -196,14 +200,16 @@ def mismatch(problems: list[str], where: str) -> Mismatch:
 
 
 def _rebuild(obj: object, saved: Saved) -> Any:
-    """How the tensors of `obj` come back: as arrays of its framework, as NumPy's otherwise; tied ones are one array."""
+    """How the tensors of `obj` come back: as arrays of its framework, or of the one each was; tied ones are one array."""
     roots = _frameworks_of(obj)
+    loaded = loaded_frameworks()
     built: dict[str, object] = {}
 
     def leaf(name: str) -> object:
         if name not in built:
             array = saved.tensors[name]
-            built[name] = framework(roots[0]).from_host(array, None) if roots else array.numpy()
+            kind = roots[0] if roots else saved.kinds.get(name, "")
+            built[name] = framework(kind).from_host(array, None) if kind in loaded else array.numpy()
         return built[name]
 
     return leaf
@@ -248,10 +254,13 @@ def _put(obj: object, tree: Any) -> None:
 
 
 def _put_in_place(live: Any, saved: Any) -> None:
-    """Containers of arrays: arrays keep their identity and take the saved bytes, plain values are replaced."""
+    """Containers of arrays: arrays that can keep their identity and take the saved bytes, all else is replaced."""
     numpy = sys.modules["numpy"]
     if isinstance(live, numpy.ndarray):
         live[...] = saved
+        return
+    if _is_torch_tensor(live):
+        framework("torch").assign(live, saved)
         return
     if isinstance(live, dict):
         for key in [key for key in live if key not in saved]:
@@ -263,10 +272,17 @@ def _put_in_place(live: Any, saved: Any) -> None:
         places = list(range(len(saved)))
     for key in places:
         before = live.get(key) if isinstance(live, dict) else live[key]
-        if isinstance(before, dict | list | numpy.ndarray) and type(before) is type(saved[key]):
+        saved_one = saved[key]
+        is_container = isinstance(before, dict | list | numpy.ndarray) and type(before) is type(saved_one)
+        if is_container or (_is_torch_tensor(before) and _is_torch_tensor(saved_one)):
             _put_in_place(before, saved[key])
         else:
             live[key] = saved[key]
+
+
+def _is_torch_tensor(value: object) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
 
 
 def python_random_state(generator: random.Random | None = None) -> object:

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from highcamp.storage.store import Store
 
 OWNER = "owner.json"
-BEAT_SECONDS = 5.0  # a few bytes now and then: unnoticed by any file system
-WATCH_SECONDS = 3 * BEAT_SECONDS  # one beat may be late by a whole one
+BEAT_SECONDS = 5.0  # two small fsyncs now and then
+WATCH_SECONDS = 6 * BEAT_SECONDS  # a beat is fsynced, and may wait for a long flush of the checkpoint before it
 
 
 class Owner(msgspec.Struct, frozen=True, kw_only=True):
@@ -83,6 +83,21 @@ class Ownership:
             found = _read(self._store)
             if found is not None and self.describes(found):  # not a successor's, who took over while we stood still
                 self._store.remove(OWNER)
+
+    def check(self) -> None:
+        """Whether this very process still holds the run. Raises RunLocked naming who does."""
+        found = _read(self._store)
+        if self._owner.pid == os.getpid() and (found is None or self.describes(found)):
+            return
+        if self._owner.pid != os.getpid():
+            who = f"process {self._owner.pid}, from which this one was forked"
+        else:
+            who = found.describe() if found else "another process"
+        raise RunLocked(
+            f"{self._store.url} is being written by {who}; nothing was written",
+            path=self._store.url,
+            hint="let one process write to a run; what was committed is untouched",
+        )
 
     def describes(self, owner: Owner) -> bool:
         """Whether `owner` is the record of this hold."""

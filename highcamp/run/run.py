@@ -12,7 +12,7 @@ from highcamp.errors import CheckpointNotFound, Damaged, Refused, RunNotFound
 from highcamp.policy import retention
 from highcamp.policy.candidate import Candidate
 from highcamp.run import commit, verify
-from highcamp.run.history import History, attempt_numbers, format_time, parse_time, read_history
+from highcamp.run.history import History, HistoryReader, attempt_numbers, format_time, parse_time
 from highcamp.run.references import first_whole, resolve
 from highcamp.run.settings import Settings, read_settings
 from highcamp.storage.store import open_store
@@ -60,6 +60,7 @@ class Run:
         """A run in `store`; use `highcamp.open`."""
         self.store = store
         self._manifests: dict[str, tuple[bytes, Manifest]] = {}
+        self._history = HistoryReader(store)
 
     def __repr__(self) -> str:
         """Where it is."""
@@ -118,7 +119,7 @@ class Run:
     @property
     def history(self) -> History:
         """Every row of metrics logged, across attempts."""
-        return read_history(self.store)
+        return self._history.read()
 
     @property
     def checkpoints(self) -> list[Checkpoint]:
@@ -127,8 +128,11 @@ class Run:
 
         history = self.history
         found = []
-        for name, manifest in sorted(self._readable()[0], key=lambda pair: pair[1].order):
-            later = history.at_checkpoint(name, manifest.attempt, manifest.step)
+        readable = sorted(self._readable()[0], key=lambda pair: pair[1].order)
+        for place, (name, manifest) in enumerate(readable):
+            newer = readable[place + 1][1] if place + 1 < len(readable) else None
+            until = newer.attempt if newer is not None and newer.step == manifest.step else None
+            later = history.at_checkpoint(name, manifest.attempt, manifest.step, until=until)
             # Completed, not replaced: another checkpoint of the same step has rows of its own in that place.
             metrics = manifest.values | {key: value for key, value in later.items() if key not in manifest.metrics}
             found.append(Checkpoint(name, manifest, metrics, store=self.store))
@@ -205,10 +209,35 @@ class Run:
         The best, the last, the one resumed from, pinned ones and the only whole one always stay. `undelete` brings back.
         """
         plan = self.plan(keep)
-        if not dry_run:
+        if not dry_run and plan.remove:
+            self._require_settings()
+            self.check_survivors(plan.remove)
             for name in plan.remove:
                 self.withdraw_unpinned(name)
         return plan
+
+    def check_survivors(self, doomed: Collection[str], *, damaged: Collection[str] = ()) -> None:
+        """Whether something whole would be left without `doomed`. damaged: names known to be damaged. Raises Damaged.
+
+        What would be the only one is read and compared with its digests, the others by their sizes.
+        """
+        left = [entry for entry in self.checkpoints if entry.name not in doomed and entry.name not in damaged]
+        if not any(entry.verify(quick=len(left) > 1).is_whole for entry in left):
+            names = ", ".join(entry.name for entry in left) or "no checkpoint"
+            raise Damaged(
+                f"nothing was removed: {names} would be all that is left, and is not whole",
+                path=self.path,
+                hint=f'"highcamp verify {self.path}" shows the damage',
+            )
+
+    def _require_settings(self) -> None:
+        """Without `run.json` nobody knows which metric makes the best, so nothing is removed. Raises Refused."""
+        if read_settings(self.store) is None:
+            raise Refused(
+                f"{self.path} has no run.json, so which checkpoint is the best cannot be told; nothing was removed",
+                path=self.path,
+                hint="the next training writes it again; to remove one by hand, remove its directory",
+            )
 
     def withdraw_unpinned(self, name: str, *, doomed: bool = False) -> str | None:
         """Un-publish the checkpoint called `name` unless it is pinned; returns the name of its trash, see `commit.withdraw`.
@@ -227,10 +256,11 @@ class Run:
     def remove(self, reference: str) -> str:
         """Move one checkpoint to the trash and return its name. Raises Refused for the best, the last and pinned ones."""
         entry = self.checkpoint(reference)
-        protected = {name: reasons for name, reasons in self._protected().items() if name == entry.name}
-        if protected:
+        self._require_settings()
+        reasons = self._protected().get(entry.name)
+        if reasons:
             raise Refused(
-                f"{entry.name} is protected: {', '.join(protected[entry.name])}",
+                f"{entry.name} is protected: {', '.join(reasons)}",
                 path=entry.path,
                 hint="the best, the last, the one resumed from and pinned checkpoints are not removed",
             )
@@ -340,6 +370,7 @@ class Run:
         """(name, manifest) of what can be read and is ours, and (name, why) of the rest."""
         readable: list[tuple[str, Manifest]] = []
         unreadable: list[tuple[str, str]] = []
+        remembered: dict[str, tuple[bytes, Manifest]] = {}
         for name in commit.checkpoint_names(self.store):
             try:
                 # Its bytes every time: the name of a checkpoint that was removed may be given to another one.
@@ -350,8 +381,9 @@ class Run:
             if found is None:
                 unreadable.append((name, "it has no manifest, so it is no checkpoint"))
                 continue
-            self._manifests[name] = found
+            remembered[name] = found
             readable.append((name, found[1]))
+        self._manifests = remembered
         try:
             settings = read_settings(self.store)
         except Damaged:

@@ -29,6 +29,7 @@ from highcamp.torch.loaders import (
 )
 
 __all__ = [
+    "assign",
     "capture",
     "check",
     "export",
@@ -97,7 +98,7 @@ def to_host(leaf: object) -> HostArray | None:
     name = _DTYPES[tensor.dtype]
     if name == "F4":
         shape = (*shape[:-1], shape[-1] * 2)
-    return HostArray(name, shape, data.toreadonly() if is_copy else data, tie)
+    return HostArray(name, shape, data.toreadonly() if is_copy else data, tie, "torch")
 
 
 def from_host(array: HostArray, like: object | None) -> torch.Tensor:
@@ -326,6 +327,12 @@ def set_random_state(tree: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state(state, index)
     if "mps" in tree:
         torch.mps.set_rng_state(tree["mps"])
+
+
+def assign(live: torch.Tensor, saved: torch.Tensor) -> None:
+    """Put the values of `saved` into `live`, which stays the same tensor."""
+    with torch.no_grad():
+        live.copy_(saved)
 
 
 def export(arrays: Mapping[str, HostArray], path: Path) -> None:

@@ -17,7 +17,6 @@ from highcamp.training import messages
 from highcamp.training.arguments import check_kind, refuse_unknown, to_metrics
 from highcamp.training.best import BestSoFar
 from highcamp.training.progress import PROGRESS, Progress
-from highcamp.training.resume import newest_whole
 from highcamp.training.saver import Saver
 
 if TYPE_CHECKING:
@@ -166,16 +165,23 @@ class Checkpointer:
             try:
                 yield self.epoch
             except GeneratorExit:  # `break`: an epoch whose metrics are logged is a whole one
-                if self.progress.is_logged and not self._saver.is_closed and not sys.is_finalizing():
+                if not sys.is_finalizing():
                     try:
-                        self.end_epoch()
-                        self.finish()
+                        self._settle()
                     except BaseException as error:  # noqa: BLE001  (Python prints what is raised here, and goes on)
                         self._saver.hold(error)
-                    self._is_finished = False
                 raise
-            self.end_epoch()
+            if self.progress.in_epoch:  # `restore` may have ended it
+                self.end_epoch()
         self.finish()
+
+    def _settle(self) -> None:
+        """End and save an epoch that is done but has not ended: the loop was left by `break`, or goes back from here."""
+        if self._saver.is_open and not self._saver.is_closed and self.progress.is_logged and self.progress.at_boundary:
+            self.end_epoch()
+            if not self._saver.is_saved(self.progress):
+                self._save_tracked()
+            self._saver.raise_failed(wait=True)
 
     def batches(self, loader: Iterable[T]) -> Iterator[T]:
         """Yield the batches of the epoch under way that are still to do, and count each as a step when it is done.
@@ -221,7 +227,6 @@ class Checkpointer:
         """
         values = to_metrics({**(metrics or {}), **named})
         attempt = self._attempt()
-        self._saver.raise_failed()
         now = self.progress.boundary_step
         step = now if step is None else step
         batch = self.progress.boundary_batch if step == now else 0
@@ -234,6 +239,9 @@ class Checkpointer:
         if step == now:
             self._metrics = (step, {**self._metrics_at(step), **values})
             self.progress.is_logged = self.progress.at_boundary
+            if self._best is not None and not self.progress.in_epoch and self._best.monitor.metric in values:
+                self._best.see(epoch, values, None)  # with state that is passed, nothing else tells an epoch's end
+        self._saver.raise_failed()
 
     # The steps of a loop, for framework modules
 
@@ -278,10 +286,11 @@ class Checkpointer:
 
     def finish(self) -> None:
         """Training is done: saves the last state if it is not saved, and waits until it is durable."""
+        self._saver.raise_failed(wait=True)
         if not self._saver.is_saved(self.progress):
             self._save_tracked()
         self._saver.raise_failed(wait=True)
-        self._is_finished = True
+        self._is_finished = self._saver.is_saved(self.progress)
 
     # State that is passed
 
@@ -296,8 +305,8 @@ class Checkpointer:
         """Save now: `state`, or what is tracked. Returns when the state may change again; `wait()` until it is durable.
 
         state: any tree of arrays and plain values. A dict of parts, such as {"params": …, "optimizer": …}, becomes one
-        object for each part; anything else is one object named "state". step, epoch: what has been done; counted on from
-        the last save by default; within `batches` the batch at hand is taken as done. Waits for the save before, and
+        object for each part; anything else is one object named "state". step, epoch: what has been done; by default
+        what is known already; within `batches` the batch at hand is taken as done. Waits for the save before, and
         raises its error. Raises InvalidState, InvalidMetric, Refused if the run has checkpoints that were not restored.
         """
         values = to_metrics(metrics or {})
@@ -320,12 +329,7 @@ class Checkpointer:
         self, state: object = None, *, step: int, epoch: int | None = None, metrics: Mapping[str, Any] | None = None
     ) -> Pending | None:
         """Save as `save` does if a checkpoint is due at this step, otherwise log the metrics and return None."""
-        if (
-            self._every.epochs is not None
-            and self._every.steps is None
-            and self._every.seconds is None
-            and epoch is None
-        ):
+        if self._every.counts_only_epochs and epoch is None:
             raise InvalidArgument(
                 f"{self._every} cannot be told from steps", hint="pass epoch=, or every=Every(steps=…)"
             )
@@ -354,6 +358,8 @@ class Checkpointer:
                 raise InvalidArgument(
                     "restore() has nothing to restore", hint="track(model=…) first, or pass like=state"
                 )
+            if self._saver.is_open:
+                return self._saver.rewind(self.progress, lambda found: self.progress.restore(found, self._tracked))
             return self.start()
         restored: list[Any] = []
 
@@ -361,13 +367,15 @@ class Checkpointer:
             restored.append(self.progress.restore_like(checkpoint, like))
 
         if self._saver.is_open:
-            newest_whole(self._saver.attempt, self.voice, load)
+            self._saver.rewind(self.progress, load)
         else:
             self._open({}, load)
             self._say_resumed(None)
         return restored[-1] if restored else None
 
     def _restore_reference(self, reference: str, like: object) -> Any:
+        if like is None:
+            self._settle()  # its metrics are those of the weights as they are now, not of those that are put in their place
         checkpoint = self.run.checkpoint(reference)
         if like is not None:
             objects = [name for name in checkpoint.objects if name != PROGRESS]
@@ -383,17 +391,12 @@ class Checkpointer:
 
     def close(self) -> None:
         """Wait for the save under way, prune, and give the run back; raises a failed save's error. Twice is once."""
-        if self._saver.close("complete" if self._is_finished else "closed", self.progress) and self._saver.count:
-            try:
-                best = self.run.best
-            except StorageError as error:  # gone with the last save: what is known of it has been told
-                self._saver.tell(error)
-                return
-            metric = self._monitor.metric if self._monitor else ""
-            place = (f"epoch {best.epoch}" if best.epoch else f"step {best.step}") if best else ""
-            fact = (place, best.metrics[metric], metric, best.path) if best else None
-            share = self._saver.share_of_time()
-            self.voice.say(messages.summary(fact, self._saver.count, share, self.run.path))
+        try:
+            self._settle()
+        finally:
+            is_ended = self._saver.close("complete" if self._is_finished else "closed", self.progress)
+        if is_ended:
+            self._saver.summarize()
 
     def __enter__(self) -> Self:
         """Use it in a `with` block, so that it is closed however the block ends."""
@@ -417,6 +420,8 @@ class Checkpointer:
         self._saver.open(self.progress, tracked, load)
         if self._best is not None:
             self._best.replay(self.run.history)
+            if messages.is_training_metric(self._best.monitor.metric):
+                self.voice.say(messages.training_metric(self._best.monitor.metric))
 
     def _say_resumed(self, to_go: int | None) -> None:
         found = self._saver.resumed_from

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -26,7 +27,8 @@ class Voice:
     def say(self, line: str, *, level: int = 1) -> None:
         """Say `line` if `verbose` is at least `level`; level 0 is a warning."""
         if self.verbose >= level:
-            self.write(line)
+            with suppress(OSError, ValueError):  # a terminal that has gone away must not end training
+                self.write(line)
 
 
 def two_numbers(one: float, other: float) -> tuple[str, str]:
@@ -63,6 +65,16 @@ def not_finite(epoch: int, metric: str, value: float, best_epoch: int | None) ->
     """NaN or an infinity."""
     stays = f"best stays epoch {best_epoch}" if best_epoch is not None else "there is no best yet"
     return f"Epoch {epoch}: {metric} is {value}; recorded, not ranked ({stays})"
+
+
+def is_training_metric(metric: str) -> bool:
+    """Whether a name says that the metric is measured on the training data, as Keras's "loss" is."""
+    return metric.startswith("train") or metric in ("loss", "acc", "accuracy")
+
+
+def training_metric(metric: str) -> str:
+    """The monitored metric is measured while the weights change."""
+    return f"{metric} is measured on training data, mostly as a mean over an epoch in which the weights change; val_… tells more"
 
 
 def metric_missing(epoch: int, metric: str, there: Iterable[str]) -> str:

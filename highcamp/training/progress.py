@@ -9,7 +9,7 @@ from highcamp.core.tree import flatten
 from highcamp.errors import Damaged, InvalidArgument, Mismatch
 from highcamp.run import live
 from highcamp.training import batches
-from highcamp.training.rng import random_state, set_random_state
+from highcamp.training.rng import check_random_state, random_state, set_random_state
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -166,9 +166,11 @@ class Progress:
             or "random" not in saved
         ):
             raise Damaged(f"{checkpoint.name}: its progress is malformed", path=checkpoint.path)
+        check_random_state(saved["random"], where=checkpoint.path)
         return saved
 
     def _take(self, saved: dict[str, Any], where: str) -> None:
         self.epoch, self.step, self.batch = saved["epoch"], saved["step"], saved["batch"]
+        self.in_epoch, self.is_iterating, self.is_logged, self.place = False, False, False, None
         self._resumed = saved if self.batch else None
         set_random_state(saved["random"], where=where)  # last: restoring objects may have drawn numbers

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from highcamp.errors import Damaged
+from highcamp.errors import Damaged, Refused
 from highcamp.run.verify import verify_unlisted
 from highcamp.training import messages
 
@@ -25,7 +25,15 @@ def newest_whole(attempt: OngoingAttempt, voice: Voice, load: Callable[[Checkpoi
     over what may still be saved is for a person to decide.
     """
     checkpoints = list(reversed(attempt.run.checkpoints))
-    unlisted = _damaged_unlisted(attempt.run.store, [checkpoint.name for checkpoint in checkpoints])
+    known = [checkpoint.name for checkpoint in checkpoints]
+    unlisted = _damaged_unlisted(attempt.run.store, known)
+    strangers = [entry.name for entry in verify_unlisted(attempt.run.store, known) if entry.state == "foreign"]
+    if strangers and not checkpoints:  # one that was copied in beside our own is listed as unreadable, and left alone
+        raise Refused(
+            f"{attempt.run.path} holds checkpoints of another run: {', '.join(strangers[:5])}",
+            path=attempt.run.path,
+            hint="move them away, or use another directory: two runs in one are never told apart again",
+        )
     for entry in unlisted:
         voice.say(messages.passed_over(entry.name, entry.findings[0].message), level=0)
     errors: list[Damaged] = []

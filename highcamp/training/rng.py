@@ -25,8 +25,8 @@ def random_state() -> dict[str, Any]:
     return state
 
 
-def set_random_state(state: dict[str, Any], *, where: str) -> None:
-    """The reverse of `random_state`. Raises Mismatch if a generator in use now has no saved state."""
+def check_random_state(state: dict[str, Any], *, where: str) -> None:
+    """Whether every generator in use now has a saved state. Raises Mismatch naming those that have none."""
     in_use = {"python", "numpy", *(name for name in _FRAMEWORKS if name in live.loaded_frameworks())}
     missing = sorted(in_use - set(state))
     if missing:
@@ -35,6 +35,11 @@ def set_random_state(state: dict[str, Any], *, where: str) -> None:
             path=where,
             hint="import the same frameworks before the Checkpointer restores as when it saved",
         )
+
+
+def set_random_state(state: dict[str, Any], *, where: str) -> None:
+    """The reverse of `random_state`. Raises Mismatch as `check_random_state` does."""
+    check_random_state(state, where=where)
     live.set_python_random_state(None, state["python"])
     sys.modules["numpy"].random.set_state(state["numpy"])
     for name in sorted(set(state) - {"python", "numpy"}):

@@ -9,6 +9,7 @@ from highcamp.errors import HighcampError, InvalidArgument, Refused, StorageErro
 from highcamp.run import live
 from highcamp.run.attempt import OngoingAttempt, check_place
 from highcamp.run.run import Run
+from highcamp.training import messages
 from highcamp.training.progress import PROGRESS
 from highcamp.training.resume import newest_whole
 from highcamp.training.snapshot import Snapshot
@@ -57,6 +58,8 @@ class Saver:
         self._snapshot, self._writer = Snapshot(), Writer()
         self._saved = (0, 0, 0)
         self._saved_at = self._began_at = time.monotonic()
+        self._before = (self._saved, self._saved_at)
+        self._prune_error: HighcampError | None = None
 
     @property
     def is_open(self) -> bool:
@@ -97,9 +100,17 @@ class Saver:
         self._snapshot.prepare({name: live.capture(name, obj) for name, obj in tracked.items()})
         self._saved, self._saved_at = progress.key, time.monotonic()
 
+    def rewind(self, progress: Progress, load: Callable[[Checkpoint], object]) -> Checkpoint | None:
+        """Go back to the newest whole checkpoint in the middle of an attempt; None if there is none."""
+        found = newest_whole(self.attempt, self._voice, load)
+        if found is not None:
+            self.attempt.rewound_to(found)
+            self._saved, self._saved_at = progress.key, time.monotonic()
+        return found
+
     def open_empty(self, progress: Progress) -> None:
         """Begin an attempt without restoring anything. Raises Refused if there is something to restore."""
-        checkpoints = self.run.checkpoints  # damaged ones count: what is left of them is not to be trained over
+        checkpoints = self.run.checkpoints
         if checkpoints:
             raise Refused(
                 f"{self.run.path} has checkpoints up to {checkpoints[-1].name}, which were not restored",
@@ -136,10 +147,14 @@ class Saver:
         def commit() -> Checkpoint:
             attempt.note(tracked=tracked)
             checkpoint = attempt.commit(manifest, parts)
-            for name in attempt.prune():
-                self._voice.say(f"removed {name}", level=2)
+            try:
+                for name in attempt.prune():
+                    self._voice.say(f"removed {name}", level=2)
+            except HighcampError as error:
+                self._prune_error = error  # the save has worked all the same
             return checkpoint
 
+        self._before = (self._saved, self._saved_at)
         pending = self._writer.start(f"step-{progress.step:08d}", commit)
         self._saved, self._saved_at = progress.key, time.monotonic()
         pause = self._saved_at - began
@@ -153,7 +168,13 @@ class Saver:
         if not wait and self._writer.is_busy:
             return
         error = self._writer.drain()
+        late, self._prune_error = self._prune_error, None
+        if error is None and late is not None:
+            self.tell(late)
         if error is not None:
+            self._saved, self._saved_at = (
+                self._before
+            )  # nothing was saved, so the next one is due as if it had not been
             self.tell(error)
 
     def hold(self, error: BaseException) -> None:
@@ -172,7 +193,7 @@ class Saver:
 
         how: see `history.Attempt.ended`. Returns whether there was an attempt to end.
         """
-        if self.is_closed or self._attempt is None:
+        if self.is_closed or self._attempt is None or not self._writer.is_of_this_process:
             self.is_closed = True
             return False
         attempt = self._attempt
@@ -188,12 +209,27 @@ class Saver:
             raise
         finally:
             self.is_closed = True
-            try:
-                attempt.end(how, progress.step, progress.epoch)
-            except StorageError as error:
-                self.tell(error)
+            # After Ctrl-C in the wait a save is still being written: the run stays ours until the process ends.
+            if not self._writer.is_busy:
+                self._snapshot = Snapshot()  # gives its memory back
+                try:
+                    attempt.end(how, progress.step, progress.epoch)
+                except StorageError as error:
+                    self.tell(error)
         return True
 
-    def share_of_time(self) -> float:
-        """The share of wall time that the loop has waited for saves."""
-        return self.pause_seconds / max(time.monotonic() - self._began_at, 1e-9)
+    def summarize(self) -> None:
+        """Say which checkpoint is the best, and what saving has cost."""
+        if not self.count:
+            return
+        try:
+            best = self.run.best
+        except StorageError as error:  # gone with the last save: what is known of it has been told
+            self.tell(error)
+            return
+        fact = None
+        if best is not None and self._monitor is not None:
+            place = f"epoch {best.epoch}" if best.epoch else f"step {best.step}"
+            fact = (place, best.metrics[self._monitor.metric], self._monitor.metric, best.path)
+        share = self.pause_seconds / max(time.monotonic() - self._began_at, 1e-9)
+        self._voice.say(messages.summary(fact, self.count, share, self.run.path))

@@ -52,11 +52,12 @@ class Snapshot:
     def _copy(self, name: str, flat: Flat) -> Part:
         if not flat.arrays:
             return Part(name, flat.skeleton)
+        kinds = {key: array.kind for key, array in flat.arrays.items() if array.kind}
         layout = self._layout(name, {key: array.spec for key, array in flat.arrays.items()})
         view = self._staging(name, layout.size).view
         for entry in layout.entries:
             view[entry.start : entry.end] = flat.arrays[entry.name].data
-        return Part(name, flat.skeleton, layout, view[: layout.size].toreadonly())
+        return Part(name, flat.skeleton, layout, view[: layout.size].toreadonly(), kinds)
 
     def _staging(self, name: str, size: int) -> Staging:
         """Memory for one object: what it had before, or new if that is too small."""

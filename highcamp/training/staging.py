@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import os
 import threading
+import weakref
 
 _FILL_BYTES = 64 << 20  # zeroed at once by the background thread; the interpreter is free in between
 
@@ -28,7 +30,9 @@ class Staging:
             with contextlib.suppress(AttributeError, OSError):
                 self._map.madvise(getattr(mmap, advice))
         self.view = memoryview(self._map)
-        self._ready: threading.Thread | None = None
+        self._ready = threading.Event()
+        self._ready.set()
+        _blocks.add(self)
 
     def __len__(self) -> int:
         """Its size in bytes."""
@@ -36,14 +40,21 @@ class Staging:
 
     def prepare(self) -> None:
         """Begin to fault every page in; `wait` for the end before the block is written."""
-        self._ready = threading.Thread(target=self._touch, name="highcamp-staging", daemon=True)
-        self._ready.start()
+        self._ready.clear()
+        try:
+            threading.Thread(target=self._prepare, name="highcamp-staging", daemon=True).start()
+        except RuntimeError:  # no more threads: the first save pays for the page faults
+            self._ready.set()
 
     def wait(self) -> None:
         """Wait until `prepare` has done its work, if it was called."""
-        if self._ready is not None:
-            self._ready.join()
-            self._ready = None
+        self._ready.wait()  # not Thread.join: after Ctrl-C in it, a running thread counts as one that has ended
+
+    def _prepare(self) -> None:
+        try:
+            self._touch()
+        finally:
+            self._ready.set()
 
     def _touch(self) -> None:
         import numpy as np
@@ -51,3 +62,16 @@ class Staging:
         block = np.frombuffer(self.view, np.uint8)
         for start in range(0, len(block), _FILL_BYTES):
             block[start : start + _FILL_BYTES].fill(0)  # lets go of the interpreter, which madvise does not
+
+
+_blocks: weakref.WeakSet[Staging] = weakref.WeakSet()
+_kept_for_ever: list[Staging] = []
+
+
+def _keep_in_child() -> None:
+    """A forked child does not have these pages: if it let go of a block, it would unmap what took their place."""
+    _kept_for_ever.extend(_blocks)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_keep_in_child)

@@ -21,25 +21,36 @@ class Pending:
     """A save under way."""
 
     def __init__(self, name: str, job: Callable[[], Checkpoint]) -> None:
-        """Start `job` in a thread of its own. name: what is being saved, for messages."""
+        """job: what commits it, run in a thread of its own by `begin`. name: what is being saved, for messages."""
         self.name = name
         self._job = job
         self._result: Checkpoint | None = None
         self._error: BaseException | None = None
         self._was_seen = False
+        self._claim = threading.Lock()
+        # Not `join`: Ctrl-C within it makes Python 3.11 take a running thread for one that has ended.
+        self._done = threading.Event()
+
+    def begin(self) -> None:
+        """Start the thread; if even that is interrupted, the job either runs or never will, and `wait` knows which."""
         # Not a daemon: the interpreter waits for it at exit, however the program ends, and needs no executor to do so.
-        self._thread = threading.Thread(target=self._run, name=f"highcamp-save-{name}", daemon=False)
-        self._thread.start()
+        thread = threading.Thread(target=self._run, name=f"highcamp-save-{self.name}", daemon=False)
+        try:
+            thread.start()
+        except BaseException as error:
+            if self._claim.acquire(blocking=False):
+                self._error, self._was_seen = error, True
+                self._done.set()
+            raise
 
     @property
     def is_done(self) -> bool:
         """Whether the save has ended, well or not."""
-        return not self._thread.is_alive()
+        return self._done.is_set()
 
     def wait(self, timeout: float | None = None) -> Checkpoint:
         """The checkpoint, durable; or the error that kept it from being one. Raises TimeoutError after `timeout` seconds."""
-        self._thread.join(timeout)
-        if self._thread.is_alive():
+        if not self._done.wait(timeout):
             raise TimeoutError(f"the save of {self.name} is not durable after {timeout} s; it goes on")
         self._was_seen = True
         if self._error is not None:
@@ -50,18 +61,21 @@ class Pending:
 
     def unseen_error(self) -> BaseException | None:
         """Wait for the end, and return an error that nobody has been told of yet; asking counts as being told."""
-        self._thread.join()
+        self._done.wait()
         error = None if self._was_seen else self._error
         self._was_seen = True
         return error
 
     def _run(self) -> None:
+        if not self._claim.acquire(blocking=False):
+            return
         try:
             self._result = self._job()
         except BaseException as error:  # noqa: BLE001  (raised again in the thread that asks)
             self._error = error
         finally:
             self._job = _nothing  # lets go of the snapshot
+            self._done.set()
 
 
 def _nothing() -> Checkpoint:
@@ -73,9 +87,15 @@ class Writer:
 
     def __init__(self) -> None:
         """Nothing is under way."""
+        self._pid = os.getpid()
         self._pending: Pending | None = None
         self._held: BaseException | None = None
         _writers.add(self)
+
+    @property
+    def is_of_this_process(self) -> bool:
+        """False in a child that was forked while saves were under way: their threads are the parent's."""
+        return self._pid == os.getpid()
 
     @property
     def is_busy(self) -> bool:
@@ -84,8 +104,9 @@ class Writer:
 
     def start(self, name: str, job: Callable[[], Checkpoint]) -> Pending:
         """Start a save; the one before must have been drained."""
-        self._pending = Pending(name, job)
-        return self._pending
+        self._pending = pending = Pending(name, job)  # ours to wait for before it can be interrupted
+        pending.begin()
+        return pending
 
     def hold(self, error: BaseException) -> None:
         """Keep an error that could not be raised where it happened, for the next `drain`."""
@@ -96,14 +117,12 @@ class Writer:
         held, self._held = self._held, None
         if held is not None:
             return held
-        pending, self._pending = self._pending, None
+        pending = self._pending
         if pending is None:
             return None
-        try:
-            return pending.unseen_error()
-        except BaseException:  # Ctrl-C while waiting: the save goes on and is still ours to wait for
-            self._pending = pending
-            raise
+        error = pending.unseen_error()  # after Ctrl-C in here the save goes on, and is still ours to wait for
+        self._pending = None
+        return error
 
 
 _writers: weakref.WeakSet[Writer] = weakref.WeakSet()
@@ -112,7 +131,8 @@ _writers: weakref.WeakSet[Writer] = weakref.WeakSet()
 @atexit.register
 def _report_unseen() -> None:
     """A program that ends without asking must not end as if its last save had worked."""
-    errors = [error for writer in list(_writers) if (error := writer.drain()) is not None]
+    ours = [writer for writer in list(_writers) if writer.is_of_this_process]  # a forked child has copies
+    errors = [error for writer in ours if (error := writer.drain()) is not None]
     for error in errors:
         words = str(error) if isinstance(error, HighcampError) else repr(error)
         print(f"highcamp: not saved: {words}", file=sys.stderr)  # noqa: T201

@@ -324,13 +324,13 @@ def test_equal_sets_have_equal_bytes():
 
 def test_the_states_of_random_generators_come_back():
     """Shuffles and dropout after a resume would differ."""
-    python = random.Random(0)  # noqa: S311
+    python = random.Random(0)
     numpy = np.random.Generator(np.random.PCG64(7))
     legacy = np.random.RandomState(3)
 
     rebuilt = back([python.getstate(), numpy.bit_generator.state, legacy.get_state()])
 
-    other = random.Random(1)  # noqa: S311
+    other = random.Random(1)
     other.setstate(rebuilt[0])
     assert other.random() == python.random()
     generator = np.random.Generator(np.random.PCG64(8))

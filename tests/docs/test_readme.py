@@ -65,7 +65,9 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _run(command: list[str], workplace: Path) -> str:
     environment = {**os.environ, "KERAS_BACKEND": "torch", "JAX_PLATFORMS": "cpu", "MPLCONFIGDIR": str(workplace)}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    done = subprocess.run(command, cwd=workplace, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run(
+        command, cwd=workplace, env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
@@ -80,7 +82,9 @@ def test_every_python_example_of_the_readme_runs_twice_and_its_commands_run(work
         for _ in range(2):
             _run([sys.executable, "-c", script], workplace)
 
-    commands = [line.partition("#")[0].split() for language, block in BLOCKS if language == "sh" for line in block.splitlines()]
+    commands = [
+        line.partition("#")[0].split() for language, block in BLOCKS if language == "sh" for line in block.splitlines()
+    ]
     shown = [words for words in commands if words and words[0] == "highcamp"]
     assert len(shown) == 5
     for words in shown:
@@ -91,7 +95,13 @@ def test_the_make_targets_of_the_readme_exist() -> None:
     """The two commands are the first thing that is typed."""
     makefile = (Path(__file__).parents[2] / "Makefile").read_text("utf-8")
 
-    targets = [line.split()[1] for language, block in BLOCKS if language == "sh" for line in block.splitlines() if line.startswith("make ")]
+    targets = [
+        line.split()[1]
+        for language, block in BLOCKS
+        if language == "sh"
+        for line in block.splitlines()
+        if line.startswith("make ")
+    ]
 
     assert targets == ["demo", "test"]
     assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)

@@ -199,7 +199,7 @@ def replaced(file, kind):
     elif kind == "FIFO":
         os.mkfifo(file)
     elif kind == "link":
-        aside = file.parent.parent.parent / "aside"
+        aside = next(above for above in file.parents if above.name == "run").parent / "aside"
         aside.write_bytes(good)
         file.symlink_to(aside)
     elif kind == "dangling link":

@@ -46,7 +46,7 @@ def test_the_plan_of(case):
 
 def test_what_is_protected_never_goes():
     """Whatever the policy and the order of the list: best, last, resumed from, pinned, damaged and the only whole stay."""
-    chance = random.Random(11)  # noqa: S311  (cases, not secrets)
+    chance = random.Random(11)
     for _ in range(400):
         made = [
             Candidate(

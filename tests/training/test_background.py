@@ -140,7 +140,7 @@ def test_writer_error_surfaces(failing, call):
     checkpointer.save(_state(1), step=1).wait()
     fail_next()
     pending = checkpointer.save(_state(2), step=2)
-    pending._thread.join()
+    pending._done.wait()
 
     with pytest.raises(StorageError, match="injected"):
         CALLS[call](checkpointer)
@@ -164,7 +164,7 @@ def test_writer_error_surfaces_in_the_loop(failing):
                 checkpointer._saver._writer.drain()
                 fail_next()
             if checkpointer._saver._writer._pending:
-                checkpointer._saver._writer._pending._thread.join()
+                checkpointer._saver._writer._pending._done.wait()
 
     assert done == [0, 1]
 
@@ -310,6 +310,7 @@ def test_a_pending_save_lets_go_of_its_memory():
     reference = weakref.ref(large)
     checkpoint = object.__new__(Checkpoint)
     pending = Pending("step-1", lambda large=large: checkpoint)
+    pending.begin()
     assert pending.wait() is checkpoint
     del large
     gc.collect()
