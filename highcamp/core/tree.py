@@ -75,23 +75,24 @@ def unflatten(skeleton: object, leaf: Callable[[str], object]) -> object:
     Named tuples come back as dicts of their fields: without a template there is no class, and none is imported by name.
     Raises Damaged for a malformed skeleton.
     """
+    return _unflatten(skeleton, "", 0, leaf)
 
-    def build(skeleton: object, path: str, depth: int) -> object:
-        node = _open(skeleton, path, depth)
-        if node.kind == "tensor":
-            return leaf(node.name)
-        if node.kind == "plain":
-            return decode(skeleton, path, depth)
-        children = [build(child, join(path, key), depth + 1) for key, child in node.children]
-        match node.kind:
-            case "list":
-                return children
-            case "tuple":
-                return tuple(children)
-            case _:
-                return dict(zip((key for key, _ in node.children), children, strict=True))
 
-    return build(skeleton, "", 0)
+def _unflatten(skeleton: object, path: str, depth: int, leaf: Callable[[str], object]) -> object:
+    # Not a function within `unflatten`: one that calls itself keeps itself, and all tensors with it, until the collector runs.
+    node = _open(skeleton, path, depth)
+    if node.kind == "tensor":
+        return leaf(node.name)
+    if node.kind == "plain":
+        return decode(skeleton, path)
+    children = [_unflatten(child, join(path, key), depth + 1, leaf) for key, child in node.children]
+    match node.kind:
+        case "list":
+            return children
+        case "tuple":
+            return tuple(children)
+        case _:
+            return dict(zip((key for key, _ in node.children), children, strict=True))
 
 
 def names(skeleton: object) -> dict[str, str]:

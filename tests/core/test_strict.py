@@ -66,7 +66,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_everything_with_no_single_meaning_is_damaged(name):
+def test_strict_json(name):
     """Two programs would read two different states from one file, or a hostile one would end the process."""
     with pytest.raises(Damaged, match=r"^state\.json cannot be read: ") as caught:
         read(HOSTILE[name])

@@ -352,7 +352,7 @@ def test_empty_tensors_lie_anywhere_between_the_others():
     assert [entry.name for entry in layout.entries] == ["c", "a", "b", "d"]
 
 
-def test_the_length_of_the_header_is_checked_before_it_is_read():
+def test_header_limits_are_checked_before_it_is_read():
     """A file of a few bytes would make us allocate gigabytes."""
     for first, size, text in (
         (b"", 0, "it is 0 bytes"),

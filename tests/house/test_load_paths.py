@@ -79,7 +79,7 @@ def _sources() -> list[Path]:
     )
 
 
-def test_no_load_path_can_run_code():
+def test_no_pickle_nor_other_code_on_a_load_path():
     """A checkpoint from somebody else would own the machine that opens it."""
     problems = [
         f"{path.relative_to(PACKAGE)}:{problem}"

@@ -499,7 +499,7 @@ def test_a_rename_across_devices_is_an_error(store, monkeypatch):
     assert store.list(draft) == []
 
 
-def test_a_rename_whose_reply_was_lost_has_worked(store, monkeypatch):
+def test_lost_reply_is_our_success(store, monkeypatch):
     """NFS repeats the call and answers ENOENT: the target is ours, so it is saved."""
     real = local.rename_to_unused
 
