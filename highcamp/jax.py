@@ -92,6 +92,17 @@ def _is_key(leaf: object) -> bool:
 # --- trees ---------------------------------------------------------------------------------------------------------
 
 
+def is_ours(state: object) -> bool:
+    """Whether a state has arrays of JAX, or nodes that only JAX can take apart (named tuples, modules, dataclasses)."""
+    if type(state) is dict:  # walked here: JAX sorts keys, which numbers beside text do not allow
+        return any(is_ours(part) for part in state.values())
+    if type(state) in (list, tuple):
+        return any(is_ours(part) for part in state)  # type: ignore[attr-defined]
+    if state is None or isinstance(state, jax.Array | jax.ShapeDtypeStruct):
+        return state is not None
+    return not jax.tree_util.all_leaves([state])
+
+
 def to_tree(state: object) -> Tree:
     """Return a pytree as plain nested dicts, lists and tuples; leaves are the live arrays and plain values.
 

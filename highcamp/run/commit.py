@@ -245,6 +245,7 @@ def sweep(store: Store) -> list[str]:
     """
     left = [checkpoint_path(name) for name in store.list(CHECKPOINTS) if _is_left_over(name)]
     left += [name for name in store.list("") if name.startswith(PENDING)]  # of `run.json` and of the owner's record
+    left += [f"pins/{name}" for name in store.list("pins") if name.startswith(PENDING)]
     for path in left:
         store.remove(path)
     return [path.rpartition("/")[2] for path in left]

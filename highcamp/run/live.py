@@ -327,7 +327,7 @@ def fill_state(like: object, saved: Callable[[str], Saved], objects: Iterable[st
     if problems:
         raise mismatch(problems, where)
     whole = {name: filled[name] for name in parts} if _is_dict_of_parts(plain) else filled[WHOLE]
-    return framework("jax").from_tree(whole, like) if "jax" in sys.modules else whole
+    return framework("jax").from_tree(whole, like) if _is_jax_state(like) else whole
 
 
 WHOLE = "state"
@@ -336,7 +336,11 @@ WHOLE = "state"
 
 def _plain(state: object) -> object:
     """A state as nested dicts, lists and tuples; JAX knows the node types that it and its libraries have registered."""
-    return framework("jax").to_tree(state) if "jax" in sys.modules else state
+    return framework("jax").to_tree(state) if _is_jax_state(state) else state
+
+
+def _is_jax_state(state: object) -> bool:
+    return "jax" in sys.modules and bool(framework("jax").is_ours(state))
 
 
 def _parts(state: object) -> dict[str, object]:

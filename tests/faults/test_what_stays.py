@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 
 import fault_scene as scene
+import numpy as np
 import pytest
 
 import highcamp
@@ -191,3 +192,18 @@ def test_a_name_given_again_is_another_checkpoint(store):
     assert second.name == first.name
     assert (run.best.step, run.last.sequence) == (2, second.sequence)
     assert run.last.manifest == second.manifest
+
+
+def test_what_a_killed_pin_has_left_is_swept(tmp_path):
+    """Each pin that dies in the middle would leave a file that nobody ever removes."""
+    from highcamp import Checkpointer
+
+    with Checkpointer(tmp_path, verbose=0) as checkpointer:
+        checkpointer.save({"model": {"w": np.ones(2)}}, step=1).wait()
+        checkpointer.run.pin("last", "paper")
+    (tmp_path / "pins/.pending-paper.json-0123456789abcdef").write_text("{")
+
+    with Checkpointer(tmp_path, verbose=0) as checkpointer:
+        checkpointer.restore(like={"model": {"w": np.ones(2)}})
+
+    assert [path.name for path in (tmp_path / "pins").iterdir()] == ["paper.json"]

@@ -388,3 +388,14 @@ def test_jax_objects_are_not_restored_in_place():
     translation.set_random_state({})
     with pytest.raises(InvalidState, match="like=state"):
         translation.restore(object(), {})
+
+
+def test_a_function_in_a_state_without_jax_is_refused_though_jax_is_loaded():
+    """Whether a value can be saved must not hang on what else the program has imported."""
+    from highcamp.errors import InvalidState
+    from highcamp.run import live
+
+    with pytest.raises(InvalidState, match="model/f"):
+        live.capture_state({"model": {"w": np.ones(2), "f": len}})
+
+    assert list(live.capture_state({"model": {"w": jnp.ones(2), "f": len}})) == ["model"]
