@@ -15,6 +15,7 @@ import numpy as np
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
 from highcamp.core.array import HostArray
+from highcamp.core.plain import MAX_DEPTH
 from highcamp.errors import InvalidState, Mismatch
 
 if TYPE_CHECKING:
@@ -92,12 +93,11 @@ def _is_key(leaf: object) -> bool:
 # --- trees ---------------------------------------------------------------------------------------------------------
 
 
-def is_ours(state: object) -> bool:
+def is_ours(state: object, depth: int = 0) -> bool:
     """Whether a state has arrays of JAX, or nodes that only JAX can take apart (named tuples, modules, dataclasses)."""
-    if type(state) is dict:  # walked here: JAX sorts keys, which numbers beside text do not allow
-        return any(is_ours(part) for part in state.values())
-    if type(state) in (list, tuple):
-        return any(is_ours(part) for part in state)  # type: ignore[attr-defined]
+    if type(state) in (dict, list, tuple):  # walked here: JAX sorts keys, which numbers beside text do not allow
+        parts = state.values() if isinstance(state, dict) else state
+        return depth <= MAX_DEPTH and any(is_ours(part, depth + 1) for part in parts)  # type: ignore[attr-defined]
     if state is None or isinstance(state, jax.Array | jax.ShapeDtypeStruct):
         return state is not None
     return not jax.tree_util.all_leaves([state])
