@@ -37,7 +37,8 @@ class HighcampError(Exception):
 
     def __str__(self) -> str:
         """The message, followed by what to do."""
-        return f"{self.message}; {self.hint}" if self.hint else self.message
+        between = "" if self.message.endswith("\n") else "; "
+        return f"{self.message}{between}{self.hint}" if self.hint else self.message
 
 
 class InvalidArgument(HighcampError, ValueError):

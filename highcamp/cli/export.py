@@ -28,7 +28,7 @@ LOADING_LINES = {
     ".npz": "import numpy; weights = dict(numpy.load({path}))",
     ".weights.h5": "model.load_weights({path})",
     ".keras": "import keras; model = keras.saving.load_model({path})",
-    ".pt": "import torch; model.load_state_dict(torch.load({path}, weights_only=True))",
+    ".pt": "import torch; weights = torch.load({path}, weights_only=True)",
 }
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from highcamp.cli.arguments import find_target, refer
+from highcamp.cli.arguments import find_target, refer, shown_path
 from highcamp.cli.program import FAILED, command
 from highcamp.cli.table import Column, Table
 from highcamp.cli.text import MISSING, count, plain, size
@@ -133,9 +133,7 @@ def _summarize(output: Output, target: Target, results: Sequence[Verification], 
     output.message(f"{whole} of {count(len(results), 'checkpoint')} whole, {how}{rest}")
     damaged = any(result.state not in ("whole", "foreign") for result in results)
     if damaged and target.run.last is not None:
-        output.message(
-            f"nothing was changed; training resumes from {target.run.last.name}, or from the newest whole one"
-        )
+        output.message(f"nothing was changed; {_resumes_from(target, results)}")
         output.hint(f"highcamp ls {refer(target.run)}".rstrip())
 
 
@@ -159,3 +157,11 @@ def _progress(output: Output, total_bytes: int) -> Iterator[Callable[[int], None
     with Progress(TextColumn("verifying"), BarColumn(), DownloadColumn(), console=console, transient=True) as progress:
         task = progress.add_task("", total=total_bytes)
         yield lambda size_bytes: progress.advance(task, size_bytes)
+
+
+def _resumes_from(target: Target, results: Sequence[Verification]) -> str:
+    """Where training would go on, by what was just found."""
+    damaged = {result.name for result in results if not result.is_whole}
+    whole = [each.name for each in target.run.checkpoints if each.name not in damaged]
+    cure = f'"highcamp rm {shown_path(target.run.path)}@NAME --apply" takes a damaged one away'
+    return f"training resumes from {whole[-1]}; {cure}" if whole else "no checkpoint is left to resume from"

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 SUFFIXES = (".weights.h5", ".keras")
 
 _MODELS = {"Functional": keras.Model, "Sequential": keras.Sequential}
-_IN_PYTHON = "build the model in Python and use checkpoint.restore(model=model), then model.save(path)"
+_IN_PYTHON = (
+    "for a Keras model: checkpoint.restore(model=model), then model.save(path); other models: .safetensors, .npz or .pt"
+)
 
 
 def export(tree: Any, path: str | os.PathLike[str]) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 from highcamp.core.array import HostArray
 from highcamp.core.names import is_file_name
 from highcamp.core.tree import differences, fill, flatten, names, unflatten
-from highcamp.errors import HighcampError, InvalidState, Mismatch
+from highcamp.errors import HighcampError, InvalidState, Mismatch, MissingExtra
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -79,6 +79,17 @@ def loaded_frameworks() -> list[str]:
 
 def framework(name: str) -> Any:
     """The framework module called `name`, a `Framework`; the only place where one is imported."""
+    try:
+        return _import(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("highcamp"):
+            raise
+        raise MissingExtra(
+            f"this needs {error.name}, which is not installed", hint=f"pip install 'highcamp[{name}]'"
+        ) from error
+
+
+def _import(name: str) -> Any:
     if name == "torch":
         from highcamp import torch as module
     elif name == "jax":

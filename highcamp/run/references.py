@@ -23,11 +23,13 @@ def resolve(
     ranked: Sequence[Checkpoint],
     pins: Mapping[str, str],
     where: str,
+    monitor: str | None = None,
 ) -> Checkpoint:
     """The one checkpoint that `reference` means.
 
     checkpoints: in (step, sequence) order. ranked: best first. pins: pin name -> checkpoint name. where: the run, for
-    errors. Two commits of the same step are told apart by taking the newer one. Raises CheckpointNotFound.
+    errors. monitor: the monitored metric, for errors. Two commits of the same step are told apart by taking the newer one.
+    Raises CheckpointNotFound.
     """
     found: Checkpoint | None = None
     if match := _RANKED.match(reference):
@@ -40,7 +42,7 @@ def resolve(
         found = next((entry for entry in checkpoints if entry.name == name), None)
     if found is None:
         raise CheckpointNotFound(
-            f"{where} has no checkpoint {reference!r}", path=where, hint=_candidates(checkpoints, ranked, pins)
+            f"{where} has no checkpoint {reference!r}", path=where, hint=_candidates(checkpoints, ranked, pins, monitor)
         )
     return found
 
@@ -51,11 +53,20 @@ def first_whole(checkpoints: Iterable[Checkpoint], skip: int = 0) -> Checkpoint 
     return next(itertools.islice(whole, skip, None), None)
 
 
-def _candidates(checkpoints: Sequence[Checkpoint], ranked: Sequence[Checkpoint], pins: Mapping[str, str]) -> str:
+def _candidates(
+    checkpoints: Sequence[Checkpoint], ranked: Sequence[Checkpoint], pins: Mapping[str, str], monitor: str | None
+) -> str:
     if not checkpoints:
         return "it has no checkpoints yet"
     names = [entry.name for entry in checkpoints[-5:]]
     more = f" and {len(checkpoints) - 5} older ones" if len(checkpoints) > len(names) else ""
     words = (["best"] if ranked else []) + ["last", *(f"pin:{pin}" for pin in pins)]
-    no_best = "" if ranked else "; there is no best, because no checkpoint has a finite value of a monitored metric"
+    no_best = "" if ranked else f"; there is no best, because {_why_no_best(checkpoints, monitor)}"
     return f"there are {', '.join(words)}, {', '.join(names)}{more}{no_best}"
+
+
+def _why_no_best(checkpoints: Sequence[Checkpoint], monitor: str | None) -> str:
+    if monitor is None:
+        return 'no metric is monitored: pass monitor="val_loss"'
+    logged = ", ".join(dict.fromkeys(name for entry in checkpoints for name in entry.metrics)) or "none at all"
+    return f"no checkpoint has a finite {monitor}; metrics logged: {logged}"

@@ -172,7 +172,9 @@ class Run:
         Raises CheckpointNotFound, which lists what there is.
         """
         checkpoints = self.checkpoints
-        return resolve(reference, checkpoints, self.rank(checkpoints=checkpoints), self.pins, self.path)
+        monitor = self.monitor
+        ranked = self.rank(monitor, checkpoints)
+        return resolve(reference, checkpoints, ranked, self.pins, self.path, monitor.metric if monitor else None)
 
     @property
     def size_bytes(self) -> int:
@@ -329,6 +331,11 @@ class Run:
         Raises Refused if another checkpoint has that pin, InvalidArgument for a name that cannot be a file name.
         """
         check_name(name, "pin")
+        if name in ("best", "last"):
+            raise Refused(
+                f"{name!r} is a query, not a pin: it means another checkpoint from epoch to epoch",
+                hint="choose another name",
+            )
         entry = self.checkpoint(reference)
         holder = self.pins.get(name)
         if holder not in (None, entry.name):

@@ -32,6 +32,12 @@ class BestSoFar:
         value = self.monitor.value(metrics)
         return value is not None and (self.value is None or self.monitor.is_better(value, self.value))
 
+    def not_saved(self, saved: float | None) -> str:
+        """The line for a best value that is better than that of the best checkpoint; "" if it is not."""
+        if self.value is None or not self.epoch or not (saved is None or self.monitor.is_better(self.value, saved)):
+            return ""
+        return messages.best_not_saved(self.epoch, self.monitor.metric, self.value)
+
     def replay(self, history: History) -> None:
         """Go through the epochs of a history, as if they had been seen."""
         for row in history.epochs():

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 from highcamp.core.names import check_name
-from highcamp.errors import HighcampError, InvalidArgument, StorageError
+from highcamp.errors import HighcampError, InvalidArgument, InvalidMetric, StorageError
 from highcamp.policy.cadence import Every
 from highcamp.policy.monitor import Monitor
 from highcamp.policy.retention import Keep
@@ -21,7 +22,7 @@ from highcamp.training.saver import Saver
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator
     from types import TracebackType
 
     from highcamp.core.tree import Flat
@@ -150,10 +151,7 @@ class Checkpointer:
         """
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise InvalidArgument(f"epochs({count!r}): not a positive number of epochs", hint="for example epochs(50)")
-        if not self._tracked:
-            raise InvalidArgument(
-                "epochs() has nothing to restore or save", hint="call track(model=…, optimizer=…) first"
-            )
+        self._require_tracked("epochs()")
         return self._epochs(count)
 
     def _epochs(self, count: int) -> Iterator[int]:
@@ -225,6 +223,8 @@ class Checkpointer:
         step, epoch: where they were measured; now, by default, and within `batches` that is the step under way. A metric
         counts only for checkpoints of its own step, which may have been saved before. Raises InvalidMetric.
         """
+        if metrics is not None and not isinstance(metrics, Mapping):
+            raise InvalidMetric(f"log({metrics!r:.40}): a value without a name", hint="log(val_loss=0.3)")
         values = to_metrics({**(metrics or {}), **named})
         attempt = self._attempt()
         now = self.progress.boundary_step
@@ -354,10 +354,7 @@ class Checkpointer:
         if reference is not None:
             return self._restore_reference(reference, like)
         if like is None:
-            if not self._tracked:
-                raise InvalidArgument(
-                    "restore() has nothing to restore", hint="track(model=…) first, or pass like=state"
-                )
+            self._require_tracked("restore()", "like=state")
             if self._saver.is_open:
                 return self._saver.rewind(self.progress, lambda found: self.progress.restore(found, self._tracked))
             return self.start()
@@ -380,10 +377,7 @@ class Checkpointer:
         if like is not None:
             objects = [name for name in checkpoint.objects if name != PROGRESS]
             return live.fill_state(like, checkpoint.saved, objects, where=checkpoint.path)
-        if not self._tracked:
-            raise InvalidArgument(
-                "restore() has nothing to restore into", hint="track(model=…) first, or pass like=state"
-            )
+        self._require_tracked("restore()", "like=state")
         checkpoint.restore(**{name: obj for name, obj in self._tracked.items() if name in checkpoint.objects})
         return checkpoint
 
@@ -396,7 +390,7 @@ class Checkpointer:
         finally:
             is_ended = self._saver.close("complete" if self._is_finished else "closed", self.progress)
         if is_ended:
-            self._saver.summarize()
+            self._saver.summarize(self._best, has_logged=self._metrics[0] >= 0)
 
     def __enter__(self) -> Self:
         """Use it in a `with` block, so that it is closed however the block ends."""
@@ -423,6 +417,11 @@ class Checkpointer:
             if messages.is_training_metric(self._best.monitor.metric):
                 self.voice.say(messages.training_metric(self._best.monitor.metric))
 
+    def _require_tracked(self, call: str, instead: str = "") -> None:
+        if not self._tracked:
+            hint = "call track(model=…, optimizer=…) first" + (f", or pass {instead}" if instead else "")
+            raise InvalidArgument(f"{call} has nothing to save or restore: no object is tracked", hint=hint)
+
     def _say_resumed(self, to_go: int | None) -> None:
         found = self._saver.resumed_from
         if found is not None:
@@ -435,10 +434,7 @@ class Checkpointer:
         return self._saver.attempt
 
     def _save_tracked(self) -> Pending:
-        if not self._tracked:
-            raise InvalidArgument(
-                "save() was given no state and nothing is tracked", hint="save(state, step=…), or track(model=…)"
-            )
+        self._require_tracked("save()", "a state")
         return self._save(lambda: {name: live.capture(name, obj) for name, obj in self._tracked.items()})
 
     def _save(self, capture: Callable[[], dict[str, Flat]]) -> Pending:

@@ -49,7 +49,7 @@ def one_number(value: float) -> str:
 
 def improved(epoch: int, metric: str, old: float | None, new: float, name: str | None) -> str:
     """A better value. old: None for the first one. name: the checkpoint being saved, if one is."""
-    saving = f", saving {name}" if name else ""
+    saving = f", saving {name}" if name else ", not saved: none is due"
     if old is None:
         return f"Epoch {epoch}: {metric} improved to {one_number(new)}{saving}"
     before, after = two_numbers(old, new)
@@ -109,6 +109,19 @@ def passed_over(name: str, why: str) -> str:
 def complete(done: int, planned: int) -> str:
     """Nothing left to do."""
     return f"Run is complete ({done} of {planned} epochs); nothing to train. epochs({done + 10}) would go on"
+
+
+def best_not_saved(epoch: int, metric: str, value: float) -> str:
+    """The best epoch seen has no checkpoint, because none was due at its end."""
+    return (
+        f"The best, epoch {epoch} with {metric} {value:.5g}, was not saved, because no checkpoint was due then; "
+        "every=Every(epochs=1), together with steps= or seconds=, saves each epoch"
+    )
+
+
+def nothing_saved(path: str) -> str:
+    """Something was logged, but no checkpoint was made."""
+    return f"Nothing was saved in {path}: loop over checkpointer.epochs(n), or call save()"
 
 
 def summary(best: tuple[str, float, str, str] | None, saves: int, share: float, path: str) -> str:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from highcamp.policy.retention import Keep
     from highcamp.run.checkpoint import Checkpoint
     from highcamp.storage.store import Store
+    from highcamp.training.best import BestSoFar
     from highcamp.training.messages import Voice
     from highcamp.training.progress import Progress
     from highcamp.training.writer import Pending
@@ -218,9 +219,11 @@ class Saver:
                     self.tell(error)
         return True
 
-    def summarize(self) -> None:
-        """Say which checkpoint is the best, and what saving has cost."""
+    def summarize(self, seen: BestSoFar | None, *, has_logged: bool) -> None:
+        """Say which checkpoint is the best, what saving has cost, and what somebody would look for in vain."""
         if not self.count:
+            if has_logged and self.resumed_from is None:
+                self._voice.say(messages.nothing_saved(self.run.path), level=0)
             return
         try:
             best = self.run.best
@@ -233,3 +236,6 @@ class Saver:
             fact = (place, best.metrics[self._monitor.metric], self._monitor.metric, best.path)
         share = self.pause_seconds / max(time.monotonic() - self._began_at, 1e-9)
         self._voice.say(messages.summary(fact, self.count, share, self.run.path))
+        line = seen.not_saved(fact[1] if fact else None) if seen is not None else ""
+        if line:
+            self._voice.say(line, level=0)

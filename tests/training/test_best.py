@@ -323,7 +323,7 @@ def test_restore_best_without_one(where):
         checkpointer.track(model={"w": np.zeros(3)})
         for _ in checkpointer.epochs(1):
             checkpointer.log(val_loss=NAN)
-        with pytest.raises(highcamp.CheckpointNotFound, match="no checkpoint has a finite value"):
+        with pytest.raises(highcamp.CheckpointNotFound, match="no checkpoint has a finite val_loss"):
             checkpointer.restore("best")
 
 

@@ -200,3 +200,36 @@ def test_objects_of_ones_own_get_their_tensors_back_as_tensors(tmp_path: Path):
     assert isinstance(average.shadow["w"], torch.Tensor)
     assert own["t"] is tensor
     assert tensor.tolist() == [2, 2]
+
+
+def test_a_best_that_was_not_saved_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """With a cadence by time the best epoch may have no checkpoint: nobody would notice until the weights are wanted."""
+    with Checkpointer(tmp_path, monitor="val_loss", every=Every(seconds=600), verbose=1) as checkpointer:
+        checkpointer.track(model={"w": np.zeros(1)})
+        for epoch in checkpointer.epochs(3):
+            checkpointer.log(val_loss=[0.5, 0.1, 0.9][epoch])
+
+    said = capsys.readouterr().err
+    assert "Epoch 2: val_loss improved from 0.50000 to 0.10000, not saved: none is due" in said
+    assert "The best, epoch 2 with val_loss 0.1, was not saved" in said
+
+
+def test_a_loop_that_saves_nothing_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """`for epoch in range(n)` with log() alone would end without a checkpoint and without a word."""
+    with Checkpointer(tmp_path, verbose=0) as checkpointer:
+        checkpointer.track(model={"w": np.zeros(1)})
+        for _ in range(3):
+            checkpointer.log(val_loss=1.0)
+
+    assert "Nothing was saved" in capsys.readouterr().err
+    with pytest.raises(highcamp.InvalidMetric, match="a value without a name"):
+        Checkpointer(tmp_path / "other", verbose=0).log(0.3)
+
+
+def test_the_names_of_queries_are_no_pins(tmp_path: Path):
+    """A pin called best would sit on a checkpoint that is not the best."""
+    with Checkpointer(tmp_path, verbose=0) as checkpointer:
+        checkpointer.save({"w": np.ones(1)}, step=1).wait()
+
+    with pytest.raises(Refused, match="a query, not a pin"):
+        highcamp.open(tmp_path).pin("last", "best")

@@ -123,9 +123,9 @@ def test_resume_is_lossless(where):
 def test_restore_after_track(where):
     """Restored before the objects were tracked, counters come back and weights do not."""
     checkpointer = Checkpointer(where, verbose=0)
-    with pytest.raises(InvalidArgument, match=r"epochs\(\) has nothing to restore or save"):
+    with pytest.raises(InvalidArgument, match=r"epochs\(\) has nothing to save or restore"):
         checkpointer.epochs(3)
-    with pytest.raises(InvalidArgument, match=r"restore\(\) has nothing to restore"):
+    with pytest.raises(InvalidArgument, match=r"restore\(\) has nothing to save or restore"):
         checkpointer.restore()
 
     checkpointer.track(model={"w": np.zeros(3)})

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import queue
+import shutil
 import signal
 import subprocess
 import sys
@@ -71,7 +72,7 @@ def demo(output: Output, backend: str | None, epochs: int, no_crash: bool, out: 
     chosen = _backend(backend)
     directory = _directory(out)
     screen = Screen(output)
-    _welcome(screen, chosen, epochs, directory)
+    _welcome(screen, chosen, epochs, directory, crash=not no_crash)
     results, killed_in = _train(screen, directory, chosen, epochs, crash=not no_crash)
     run = open_run(directory)
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # its first start tells about fonts, which is no news here
@@ -129,8 +130,9 @@ def _directory(out: str | None) -> Path:
     return path
 
 
-def _welcome(screen: Screen, backend: str, epochs: int, directory: Path) -> None:
-    screen.say("A small network learns to read digits, is killed in the middle, and goes on.", style="bold")
+def _welcome(screen: Screen, backend: str, epochs: int, directory: Path, *, crash: bool) -> None:
+    middle = "is killed in the middle, and goes on" if crash else "and keeps its best epoch"
+    screen.say(f"A small network learns to read digits, {middle}.", style="bold")
     screen.say(f"Keras on {backend}, {count(epochs, 'epoch')}; everything is written to {plain(shown_path(directory))}")
     screen.say()
 
@@ -359,7 +361,7 @@ def _show(screen: Screen, seen: Look, results: dict[str, Any], curve: Path) -> N
         )
     )
     saved = max((each.sequence for each in rows), default=0)
-    screen.say(f"{count(saved, 'checkpoint')} were written; what no rule keeps has made room for the next.")
+    screen.say(f"Written: {count(saved, 'checkpoint')}; what no rule keeps has made room for the next.")
     screen.say(f"The curve is in {plain(shown_path(curve))}")
 
 
@@ -367,8 +369,10 @@ def _farewell(screen: Screen, seen: Look, seconds: float) -> None:
     where, best = refer(seen.run), refer(seen.run, "best")
     screen.say()
     screen.say(f"That took {seconds:.0f} s. Try next:", style="bold")
+    program = Path(sys.executable).with_name("highcamp")
+    typed = "highcamp" if shutil.which("highcamp") or not program.exists() else shown_path(program)
     for line in (f"ls {where}", f"log {where}", f"verify {where}", f"export {best} -o model.safetensors"):
-        screen.say(f"  highcamp {line}")
+        screen.say(f"  {typed} {line}")
 
 
 def _facts(
