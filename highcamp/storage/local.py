@@ -1,8 +1,8 @@
 """The store on a local or mounted file system.
 
 What survives a power cut is what was fsynced: a file's bytes by its own fsync, its name by the fsync of the directory
-it stands in. Each step below says which crash it answers. Tried on ext4 and xfs by cutting the power: with any of these
-steps left out, checkpoints that had been acknowledged were empty or gone.
+it stands in. Each step below says which crash it answers. In power cuts of ext4 and xfs, leaving any
+of them out has lost checkpoints that had been acknowledged; `tests/faults/test_power_cut.py` cuts the power of an ext4.
 """
 
 # Absolute strings throughout, for the reason in system.py.
