@@ -9,7 +9,7 @@ import click
 from highcamp.cli.arguments import find_target, refer
 from highcamp.cli.program import FAILED, command
 from highcamp.cli.text import count, plain, size
-from highcamp.errors import HighcampError, InvalidArgument, Refused, StorageError
+from highcamp.errors import HighcampError, InvalidArgument, StorageError
 
 if TYPE_CHECKING:
     from highcamp.cli.output import Output
@@ -28,7 +28,7 @@ def rm(output: Output, targets: tuple[str, ...], is_applied: bool) -> int:  # no
         entry = target.checkpoint()
         chosen[(target.run.path, entry.name)] = (target.run, entry)
     for run, entry in chosen.values():
-        _refuse_protected(run, entry)
+        run.check_removable(entry)
     total = sum(entry.size_bytes for _, entry in chosen.values())
     removed: list[str] = []
     failures: list[str] = []
@@ -113,17 +113,3 @@ def _list_trash(output: Output, run: Run) -> None:
     output.message("these are in the trash" if names else "the trash is empty")
     if names:
         output.hint(f"highcamp undelete {refer(run, names[-1])}")
-
-
-def _refuse_protected(run: Run, entry: Checkpoint) -> None:
-    best, last = run.best, run.last
-    reasons = ["the best"] if best and best.name == entry.name else []
-    reasons += ["the last"] if last and last.name == entry.name else []
-    reasons += [f"pin:{pin}" for pin, name in run.pins.items() if name == entry.name]
-    reasons += ["the one resumed from"] if run.resumed_from == entry.name else []
-    if reasons:
-        raise Refused(
-            f"{entry.name} is protected: {', '.join(reasons)}; nothing was removed",
-            path=entry.path,
-            hint="the best, the last, the one resumed from and pinned checkpoints are not removed",
-        )

@@ -258,27 +258,24 @@ class Run:
     def remove(self, reference: str) -> str:
         """Move one checkpoint to the trash and return its name. Raises Refused for the best, the last and pinned ones."""
         entry = self.checkpoint(reference)
-        self._require_settings()
-        reasons = self._protected().get(entry.name)
-        if reasons:
-            raise Refused(
-                f"{entry.name} is protected: {', '.join(reasons)}",
-                path=entry.path,
-                hint="the best, the last, the one resumed from and pinned checkpoints are not removed",
-            )
+        self.check_removable(entry)
         commit.withdraw(self.store, entry.name)
         return entry.name
 
-    def _protected(self) -> dict[str, list[str]]:
+    def check_removable(self, entry: Checkpoint) -> None:
+        """Whether a person may remove a checkpoint. Raises Refused, with every reason why it stays."""
+        self._require_settings()
         best, last = self.best, self.last
-        pairs = [(best.name, "best")] if best else []
-        pairs += [(last.name, "last")] if last else []
-        pairs += [(name, f"pin:{pin}") for pin, name in self.pins.items()]
-        pairs += [(self.resumed_from, "resumed from")] if self.resumed_from else []
-        reasons: dict[str, list[str]] = {}
-        for name, reason in pairs:
-            reasons.setdefault(name, []).append(reason)
-        return reasons
+        reasons = ["the best"] if best and best.name == entry.name else []
+        reasons += ["the last"] if last and last.name == entry.name else []
+        reasons += [f"pin:{pin}" for pin, name in self.pins.items() if name == entry.name]
+        reasons += ["the one resumed from"] if self.resumed_from == entry.name else []
+        if reasons:
+            raise Refused(
+                f"{entry.name} is protected: {', '.join(reasons)}; nothing was removed",
+                path=entry.path,
+                hint="the best, the last, the one resumed from and pinned checkpoints are not removed",
+            )
 
     @property
     def trash(self) -> dict[str, str]:

@@ -302,7 +302,7 @@ def test_undelete_of_what_is_not_there(run):
 @pytest.mark.parametrize(("reference", "reason"), [("best", "best"), ("last", "last")])
 def test_best_and_last_are_not_removed(run, reference, reason):
     """One command too many, and the best is gone."""
-    with pytest.raises(Refused, match=f"is protected: {reason}"):
+    with pytest.raises(Refused, match=f"is protected: the {reason}"):
         run.remove(reference)
     assert len(run.checkpoints) == 4
 
