@@ -173,9 +173,8 @@ class Saver:
         if error is None and late is not None:
             self.tell(late)
         if error is not None:
-            self._saved, self._saved_at = (
-                self._before
-            )  # nothing was saved, so the next one is due as if it had not been
+            # Nothing was saved, so the next one is due as if it had not been.
+            self._saved, self._saved_at = self._before
             self.tell(error)
 
     def hold(self, error: BaseException) -> None:
