@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         RunNotFound,
         StorageError,
         Taken,
+        Torn,
         Unreadable,
     )
     from highcamp.policy.cadence import Every
@@ -60,6 +61,7 @@ __all__ = [
     "RunNotFound",
     "StorageError",
     "Taken",
+    "Torn",
     "Unreadable",
     "__version__",
     "open",

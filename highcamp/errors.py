@@ -14,6 +14,7 @@ Each one is a `HighcampError` and the builtin a caller would expect, and carries
     ├── CheckpointNotFound(LookupError)     12   no such checkpoint, or more than one
     ├── Refused(PermissionError)            13   the request would destroy or mix up something
     ├── Mismatch(ValueError)                13   a checkpoint does not fit the live objects
+    ├── Torn(RuntimeError)                   3   the state changed while an overlapped snapshot was copied
     └── Damaged(ValueError)                  1   bytes on disk are not what was committed
         └── Unreadable                       1   written by a newer format than this version reads
 """
@@ -108,6 +109,10 @@ class Mismatch(HighcampError, ValueError):
     """A checkpoint does not fit the live objects; every difference is listed and nothing was changed."""
 
     exit_code = 13
+
+
+class Torn(HighcampError, RuntimeError):
+    """The state changed while an overlapped snapshot of it was copied; nothing was saved."""
 
 
 class Damaged(HighcampError, ValueError):

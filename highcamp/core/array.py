@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from highcamp.errors import InvalidArgument, InvalidState
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable
+    from collections.abc import Callable, Hashable
 
     import numpy as np
 
@@ -66,6 +66,9 @@ _BY_NUMPY_NAME = {dtype.numpy: dtype.name for dtype in DTYPES.values() if dtype.
 _IN_NUMPY_ITSELF = ("bool", "int", "uint", "float16", "float32", "float64", "complex")
 
 
+_LARGE = 64 << 10  # bytes; below it, setting NumPy to work takes longer than the copy
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class HostArray:
     """One array in main memory: C order, little-endian, compared by identity."""
@@ -80,6 +83,10 @@ class HostArray:
     """Equal for two arrays over the same memory: with equal dtype and shape they are written once."""
     kind: str = ""
     """Whose array it was, such as "torch", so that it comes back as one; "" for NumPy's and where the object decides."""
+    is_still: bool = False
+    """A hint: it will probably be the same at the next save, as a parameter that is not trained."""
+    is_immutable: bool = False
+    """Its bytes never change as long as somebody holds them, as those of a JAX array."""
 
     def __post_init__(self) -> None:
         """Raise InvalidArgument when the bytes cannot be what dtype and shape say."""
@@ -97,6 +104,17 @@ class HostArray:
     def nbytes(self) -> int:
         """Bytes of the array."""
         return self.data.nbytes
+
+    def copy_to(self, view: memoryview, start: int) -> None:
+        """Fill `view` with the bytes from `start` on."""
+        stop = start + len(view)
+        if len(view) < _LARGE:
+            view[:] = self.data[start:stop]
+            return
+        import numpy as np
+
+        # Lets go of the interpreter, which the assignment above does not: the loop goes on while this copies.
+        np.copyto(np.frombuffer(view, np.uint8), np.frombuffer(self.data[start:stop], np.uint8))
 
     @property
     def spec(self) -> Spec:
@@ -134,6 +152,46 @@ class HostArray:
         plain = np.asarray(array, order="C")  # not ascontiguousarray: it gives a scalar an axis
         buffer: Any = plain.reshape(-1).view(np.uint8)
         return cls(name, plain.shape, memoryview(buffer), tie)
+
+
+class DistantArray(HostArray):
+    """An array whose bytes are not one stretch of main memory: strided, or on a device. They are brought when asked for."""
+
+    __slots__ = ("_bring",)
+
+    def __init__(
+        self,
+        dtype: str,
+        shape: tuple[int, ...],
+        bring: Callable[[memoryview, int], None],
+        tie: Hashable | None = None,
+        kind: str = "",
+        *,
+        is_still: bool = False,
+    ) -> None:
+        """bring: fills a writable view of bytes with those of the array in C order, from a given byte on."""
+        values = {"dtype": dtype, "shape": shape, "tie": tie, "kind": kind, "is_still": is_still, "is_immutable": False}
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "_bring", bring)
+
+    @property
+    def data(self) -> memoryview:
+        """A copy of the bytes, read-only."""
+        found = memoryview(bytearray(self.nbytes))
+        if found:
+            self._bring(found, 0)  # type: ignore[attr-defined]
+        return found.toreadonly()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the array."""
+        return byte_count(self.dtype, self.shape)
+
+    def copy_to(self, view: memoryview, start: int) -> None:
+        """Fill `view` with the bytes from `start` on."""
+        if view:
+            self._bring(view, start)  # type: ignore[attr-defined]
 
 
 def byte_count(dtype: str, shape: tuple[int, ...]) -> int:

@@ -6,9 +6,10 @@ check it without agreeing on how numbers are spelled.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import msgspec
 
@@ -25,14 +26,17 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 STATE = "state.json"
 MAX_MANIFEST_BYTES = 8 << 20  # thousands of files per checkpoint fit; a hostile one is refused in milliseconds
-_DIGEST_LINE = re.compile(rb',\n  "digest": "(xxh3-128:[0-9a-f]{32})"\n\}\n\Z')
+_DIGEST_LINE = re.compile(rb',\n  "digest": "xxh3-128:[0-9a-f]{32}"\n\}\n\Z')
 _DIGEST_LINE_BYTES = len(b',\n  "digest": "xxh3-128:"\n}\n') + 32
 _DIGEST = re.compile(r"xxh3-128:[0-9a-f]{32}\Z")
+_NONFINITE = frozenset({"nan", "inf", "-inf"})
+_BEGINNING = f'{{\n  "format": {FORMAT},\n'.encode()
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 
 
-class File(msgspec.Struct, frozen=True):
+# gc=False: none of these can be part of a cycle, and a run has tens of thousands of them, which the collector would visit.
+class File(msgspec.Struct, frozen=True, gc=False):
     """One file of a checkpoint: its name, its size in bytes, and the digest of all of them."""
 
     name: str
@@ -40,22 +44,27 @@ class File(msgspec.Struct, frozen=True):
     digest: str
 
 
-class Object(msgspec.Struct, frozen=True):
-    """One tracked object: the tensor files it lies in, how many tensors, how many bytes they have."""
+class Object(msgspec.Struct, frozen=True, gc=False):
+    """One tracked object: the tensor files it lies in, how many tensors, how many bytes they have.
+
+    weights: whether it is a model, or weights by another name; unset in manifests of before that was recorded.
+    """
 
     files: tuple[str, ...] = ()
     tensors: Count = 0
     bytes: Count = 0
+    weights: bool | msgspec.UnsetType = msgspec.UNSET
 
 
-class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Everything that is known about a checkpoint without reading its tensors.
 
     step, epoch: optimizer steps and epochs done when the state was captured. batch: batches done in the epoch under way.
     sequence: grows with every commit of the run. attempt: which stretch of the run wrote it. owner: how often the run had
     changed hands. parent: the checkpoint that
     this state grew out of. created_at: RFC 3339, UTC. metrics: those measured at this step; a value that is not finite is
-    null there and named in `nonfinite` ("nan", "inf", "-inf").
+    null there and named in `nonfinite` ("nan", "inf", "-inf"). weights_of: of a checkpoint that holds nothing but the weights
+    of an earlier one, which it has replaced, the sequence of that one; unset for every other.
     """
 
     format: Count = FORMAT
@@ -73,6 +82,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     files: tuple[File, ...] = ()
     objects: dict[str, Object] = {}
     versions: dict[str, str] = {}
+    weights_of: Count | msgspec.UnsetType = msgspec.UNSET
 
     @property
     def values(self) -> dict[str, float]:
@@ -80,9 +90,25 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         return join_metrics(self.metrics, self.nonfinite)
 
     @property
-    def order(self) -> tuple[int, int]:
-        """What checkpoints are ordered by: (step, sequence), never a time."""
-        return (self.step, self.sequence)
+    def order(self) -> tuple[int, int, int]:
+        """What checkpoints are ordered by: (step, sequence), never a time.
+
+        Weights alone stand where the checkpoint stood that they were taken from: right behind it, while both are there.
+        """
+        return (self.step, self.sequence if self.weights_of is msgspec.UNSET else self.weights_of, self.sequence)
+
+    @property
+    def is_weights_only(self) -> bool:
+        """Whether it has given back its resume state, so that training cannot go on from it."""
+        return self.weights_of is not msgspec.UNSET
+
+    @property
+    def is_divisible(self) -> bool:
+        """Whether some of its objects are weights and some are not; not so where that was not recorded."""
+        return {each.weights for each in self.objects.values()} == {True, False}
+
+
+_DECODER, _ENCODER = msgspec.json.Decoder(Manifest), msgspec.json.Encoder()
 
 
 def split_metrics(values: Mapping[str, float]) -> tuple[dict[str, float | None], dict[str, str]]:
@@ -93,6 +119,13 @@ def split_metrics(values: Mapping[str, float]) -> tuple[dict[str, float | None],
 
 def join_metrics(metrics: Mapping[str, float | None], nonfinite: Mapping[str, str]) -> dict[str, float]:
     """The reverse of `split_metrics`; a null without its name reads as NaN."""
+    return {**view_metrics(metrics, nonfinite)}
+
+
+def view_metrics(metrics: Mapping[str, float | None], nonfinite: Mapping[str, str]) -> Mapping[str, float]:
+    """The same to look at, not to be changed: where all are finite it is `metrics` itself."""
+    if not nonfinite and None not in metrics.values():
+        return cast("Mapping[str, float]", metrics)
     spelled = {"inf": math.inf, "-inf": -math.inf}
     return {
         name: spelled.get(nonfinite.get(name, "nan"), math.nan) if value is None else float(value)
@@ -102,9 +135,18 @@ def join_metrics(metrics: Mapping[str, float | None], nonfinite: Mapping[str, st
 
 def encode(manifest: Manifest) -> bytes:
     """The bytes of `manifest.json`: UTF-8, indented by two, its own digest last."""
-    body = msgspec.json.format(msgspec.json.encode(manifest), indent=2)
-    head = body[: -len(b"\n}")]
-    return head + f',\n  "digest": "{digest(head)}"\n}}\n'.encode()
+    head = _spelled(manifest)[: -len(b"\n}")]
+    return head + _digest_line(head)
+
+
+def _digest_line(head: bytes) -> bytes:
+    """The end of a `manifest.json` that begins with `head`."""
+    return f',\n  "digest": "{digest(head)}"\n}}\n'.encode()
+
+
+def _spelled(manifest: Manifest) -> bytes:
+    """All of `manifest.json` but the digest, as we spell it."""
+    return msgspec.json.format(_ENCODER.encode(manifest), indent=2)
 
 
 def decode(data: bytes, *, where: str) -> Manifest:
@@ -114,22 +156,32 @@ def decode(data: bytes, *, where: str) -> Manifest:
     """
     if len(data) > MAX_MANIFEST_BYTES:
         raise Damaged(f"{where} is {len(data)} bytes, the limit is {MAX_MANIFEST_BYTES}", path=where)
-    trailer = _DIGEST_LINE.search(data, max(0, len(data) - _DIGEST_LINE_BYTES))
-    head = data[: trailer.start()] if trailer else b""
-    if trailer is None or digest(head) != trailer[1].decode():
+    head = data[:-_DIGEST_LINE_BYTES]
+    if not data.endswith(_digest_line(head)):
         _raise_if_newer(data, where)
-        found = "has no digest of itself" if trailer is None else "differs from its own digest"
+        has_digest = _DIGEST_LINE.match(data[-_DIGEST_LINE_BYTES:])
+        found = "differs from its own digest" if has_digest else "has no digest of itself"
         raise Damaged(f"{where} {found}", path=where, hint="its checkpoint is treated as if it did not exist")
     body = head + b"\n}"
-    _raise_if_newer(body, where)
+    if not body.startswith(_BEGINNING):
+        _raise_if_newer(body, where)
     try:
-        manifest = msgspec.json.decode(body, type=Manifest)
+        manifest = _DECODER.decode(body)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise Damaged(f"{where} is no manifest: {error}", path=where) from error
-    if encode(manifest) != data:  # written by another hand: whatever the fast reader forgives is looked for
+    if not _is_as_written(manifest, body):  # by another hand: whatever the fast reader forgives is looked for
         strict.read(body, where=where, limit=MAX_MANIFEST_BYTES)
     _check(manifest, where)
     return manifest
+
+
+def _is_as_written(manifest: Manifest, body: bytes) -> bool:
+    """Whether `body`, which was read as `manifest`, is spelled as we spell it, and so says nothing twice or otherwise.
+
+    Compared without blanks, because writing them again would take longer than all the rest of the reading. A blank inside
+    a string makes the two differ; then they are compared as they are.
+    """
+    return body.translate(None, b" \n") == _ENCODER.encode(manifest) or body == _spelled(manifest)
 
 
 def _raise_if_newer(body: bytes, where: str) -> None:
@@ -144,21 +196,31 @@ def _raise_if_newer(body: bytes, where: str) -> None:
 
 
 def _check(manifest: Manifest, where: str) -> None:
-    names = [file.name for file in manifest.files]
+    files = manifest.files
     problem = None
     if manifest.format != FORMAT:
         problem = f"format version {manifest.format} does not exist"
-    elif bad := [name for name in names if not is_file_name(name) or name == MANIFEST]:
-        problem = f"file name {bad[0]!r} is not allowed"
-    elif len({name.lower() for name in names}) != len(names):
-        problem = "a file is listed twice"
-    elif bad := [file.digest for file in manifest.files if not _DIGEST.match(file.digest)]:
+    elif bad := [file.digest for file in files if not _DIGEST.match(file.digest)]:
         problem = f"{bad[0]!r} is no digest"
-    elif bad := [name for name in manifest.objects if not is_file_name(name)]:
-        problem = f"object name {bad[0]!r} is not allowed"
-    elif unknown := [name for entry in manifest.objects.values() for name in entry.files if name not in names]:
-        problem = f"object file {unknown[0]!r} is not listed"
-    elif bad := [spelled for spelled in manifest.nonfinite.values() if spelled not in ("nan", "inf", "-inf")]:
+    elif manifest.nonfinite and (bad := [text for text in manifest.nonfinite.values() if text not in _NONFINITE]):
         problem = f"{bad[0]!r} is no number"
+    else:
+        names = tuple([file.name for file in files])
+        problem = _problem_of_names(names, tuple([(name, each.files) for name, each in manifest.objects.items()]))
     if problem:
         raise Damaged(f"{where}: {problem}", path=where)
+
+
+# The names of a run are the same in each of its manifests. Few are remembered, for a hostile manifest may have 8 MB of them.
+@functools.lru_cache(maxsize=4)
+def _problem_of_names(files: tuple[str, ...], objects: tuple[tuple[str, tuple[str, ...]], ...]) -> str | None:
+    if bad := [name for name in files if not is_file_name(name) or name == MANIFEST]:
+        return f"file name {bad[0]!r} is not allowed"
+    if len({name.lower() for name in files}) != len(files):
+        return "a file is listed twice"
+    if bad := [name for name, _ in objects if not is_file_name(name)]:
+        return f"object name {bad[0]!r} is not allowed"
+    known = frozenset(files)
+    if unknown := [name for _, names in objects for name in names if name not in known]:
+        return f"object file {unknown[0]!r} is not listed"
+    return None

@@ -55,6 +55,8 @@ class Flat:
     """The tree as JSON, tensors replaced by their names."""
     arrays: dict[str, HostArray]
     """The tensors by name, in the order of the tree; tied ones once."""
+    weights: bool = False
+    """Whether it is the state of a model, or weights by another name; for whoever captures it to say."""
 
 
 def flatten(tree: object, as_array: AsArray, *, where: str) -> Flat:

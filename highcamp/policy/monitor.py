@@ -7,16 +7,18 @@ process cannot disagree about it.
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
 import numbers
 import re
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import TYPE_CHECKING, Literal
 
 from highcamp.errors import InvalidArgument
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from highcamp.policy.candidate import Candidate
 
@@ -94,31 +96,80 @@ class Monitor:
         return gain > self.min_delta
 
     def rank(self, candidates: Iterable[Candidate], limit: int | None = None) -> list[Candidate]:
-        """Those with a finite value, best first; at most `limit` of them.
+        """Those with a finite value, best first; at most `limit` of them. O(n log n)."""
+        return list(itertools.islice(self.ranking(candidates), limit))
+
+    def ranking(self, candidates: Iterable[Candidate]) -> Iterator[Candidate]:
+        """The same one by one, for those who need the first few.
 
         The best is found by going from the oldest to the newest: a later one must beat the best so far by more than
         min_delta, so ties keep the older. The second is the best of the rest, and so on.
-        O(n log n) when min_delta is 0, else O(n * limit).
         """
-        rows = [(value, each) for each in candidates if (value := self.value(each.metrics)) is not None]
-        rows.sort(key=lambda row: row[1].order)
+        sign = 1.0 if self.mode == "min" else -1.0
+        rows = [(sign * value, each) for each in candidates if (value := self.value(each.metrics)) is not None]
         if self.min_delta == 0.0:
-            sign = 1.0 if self.mode == "min" else -1.0
-            rows.sort(key=lambda row: sign * row[0])  # stable: equal values stay in order, the older first
-            return [each for _, each in rows[:limit]]
-        ranked: list[Candidate] = []
-        while rows and (limit is None or len(ranked) < limit):
-            leader = 0
-            for index, (value, _) in enumerate(rows):
-                if self.is_better(value, rows[leader][0]):
-                    leader = index
-            ranked.append(rows.pop(leader)[1])
-        return ranked
+            rows.sort(key=itemgetter(0))
+            for _, equal in itertools.groupby(rows, key=itemgetter(0)):
+                yield from sorted((each for _, each in equal), key=lambda each: each.order)
+            return
+        rows.sort(key=lambda row: row[1].order)
+        rest = _Minima([value for value, _ in rows])
+        leaders: list[int] = []  # each beats the one before it; what comes after the last one beats none by min_delta
+        while True:
+            newer = rest.first_below(leaders[-1], self.min_delta) if leaders else rest.first()
+            if newer is not None:
+                leaders.append(newer)
+            elif leaders:
+                rest.remove(leaders[-1])
+                yield rows[leaders.pop()][1]  # the one before it leads again, over what came after
+            else:
+                return
 
     def best(self, candidates: Iterable[Candidate]) -> Candidate | None:
         """The best-ranked candidate, or None when none has a finite value."""
         ranked = self.rank(candidates, limit=1)
         return ranked[0] if ranked else None
+
+
+class _Minima:
+    """A row of numbers that finds the next lower one in O(log n): a tree of the minima of 2, 4, 8, … neighbors."""
+
+    def __init__(self, values: Sequence[float]) -> None:
+        """values: finite."""
+        self._width = 1 << max(len(values) - 1, 0).bit_length()  # of the lowest level, which stands last
+        empty = [math.inf] * (self._width - len(values))
+        self._tree = [math.inf] * self._width + [*values, *empty]
+        for node in range(self._width - 1, 0, -1):
+            self._tree[node] = min(self._tree[2 * node], self._tree[2 * node + 1])
+
+    def remove(self, place: int) -> None:
+        """Leave a number out from now on; the others keep their places."""
+        node = place + self._width
+        self._tree[node] = math.inf
+        while node > 1:
+            node //= 2
+            self._tree[node] = min(self._tree[2 * node], self._tree[2 * node + 1])
+
+    def first(self) -> int | None:
+        """The place of the first number that is left."""
+        return self._down(1, lambda least: least < math.inf)
+
+    def first_below(self, place: int, delta: float) -> int | None:
+        """The place of the first number behind `place` that is lower than the one there by more than `delta`."""
+        node = place + self._width
+        value = self._tree[node]
+        while node > 1:  # up to where something to the right of the path is low enough
+            if node % 2 == 0 and value - self._tree[node + 1] > delta:
+                return self._down(node + 1, lambda least: value - least > delta)
+            node //= 2
+        return None
+
+    def _down(self, node: int, fits: Callable[[float], bool]) -> int | None:
+        if not fits(self._tree[node]):
+            return None
+        while node < self._width:
+            node = 2 * node if fits(self._tree[2 * node]) else 2 * node + 1
+        return node - self._width
 
 
 def _check_metric(metric: object) -> None:

@@ -2,7 +2,7 @@
 
 A plan is made as a whole before anything goes. It never removes the best, the last, the one resumed from, a pinned
 one or the only whole one, and it leaves damaged ones alone: they fill no quota, and what is left of them may be all
-there is.
+there is. Where only the weights of a best are wanted, they are taken from it before it goes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ class Keep:
     """How many checkpoints stay: so many of the best, so many of the last, and one for every so many steps or epochs.
 
     best, last: 0 or more; two last ones by default, so that a damaged one has a neighbour to fall back to.
-    every_steps, every_epochs: positive; the first one at or past each multiple stays for ever.
+    every_steps, every_epochs: positive; the first one at or past each multiple stays for ever. best_weights_only: of a
+    best that nothing else keeps, such as a place among the last, only the weights stay: training cannot resume from it.
     Raises InvalidArgument in the constructor.
     """
 
@@ -35,6 +36,7 @@ class Keep:
     last: int = 2
     every_steps: int | None = None
     every_epochs: int | None = None
+    best_weights_only: bool = False
 
     def __post_init__(self) -> None:
         """Check every field; a policy that would remove everything is an error."""
@@ -43,6 +45,11 @@ class Keep:
         for name in ("every_steps", "every_epochs"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, _checked(name, getattr(self, name), least=1))
+        if not isinstance(self.best_weights_only, bool):
+            raise InvalidArgument(
+                f"Keep(best_weights_only={self.best_weights_only!r}): best_weights_only is neither True nor False",
+                hint="how many of the best stay is for best to say: Keep(best=3, best_weights_only=True)",
+            )
         if not (self.best or self.last or self.every_steps or self.every_epochs):
             raise InvalidArgument(
                 "Keep(best=0, last=0) would remove everything", hint="keep at least the last: Keep(last=1)"
@@ -51,10 +58,16 @@ class Keep:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What stays, each with its reasons, and what goes; both from the oldest to the newest."""
+    """What stays, each with its reasons, and what goes; all from the oldest to the newest.
+
+    strip: of those that stay, the ones that give back all but their weights. indivisible: those that would if their
+    weights could be told from the rest.
+    """
 
     keep: dict[str, tuple[str, ...]]
     remove: tuple[str, ...]
+    strip: tuple[str, ...] = ()
+    indivisible: tuple[str, ...] = ()
 
 
 def plan(
@@ -73,20 +86,18 @@ def plan(
     ordered = sorted(candidates, key=lambda each: each.order)
     broken = frozenset(damaged)
     whole = [each for each in ordered if each.name not in broken]
+    counted, spare = _apart(whole)
     reasons: dict[str, list[str]] = {each.name: [] for each in ordered}
 
-    if monitor is not None:
-        # Also with a quota of 0: the best is never removed.
-        for place, each in enumerate(monitor.rank(whole, limit=max(keep.best, 1)), start=1):
-            reasons[each.name].append(_place("best", place, keep.best))
-    for place, each in enumerate(whole[: -max(keep.last, 1) - 1 : -1], start=1):
+    # Also with a quota of 0: the best is never removed.
+    best = monitor.rank(counted, limit=max(keep.best, 1)) if monitor is not None else []
+    for place, each in enumerate(best, start=1):
+        reasons[each.name].append(_place("best", place, keep.best))
+    for place, each in enumerate(_newest(keep, counted), start=1):
         reasons[each.name].append(_place("last", place, keep.last))
-    if keep.every_steps is not None:
-        for each in _milestones(whole, keep.every_steps, lambda each: each.step):
-            reasons[each.name].append(_period(keep.every_steps, "step"))
-    if keep.every_epochs is not None:
-        for each in _milestones(whole, keep.every_epochs, lambda each: each.epoch):
-            reasons[each.name].append(_period(keep.every_epochs, "epoch"))
+    for period, noun in _periods(keep):
+        for each in _milestones(counted, period, noun).values():
+            reasons[each.name].append(_period(period, noun))
     for pin, name in sorted(pins.items()):
         if name in reasons:
             reasons[name].append(f"pin:{pin}")
@@ -98,24 +109,110 @@ def plan(
         if each.name in broken:
             reasons[each.name].append(DAMAGED)
 
+    strip: list[Candidate] = []
+    taken = {each.state: each.name for each in reversed(spare)}
+    for each in sorted(best, key=lambda each: each.order) if keep.best_weights_only else ():
+        if not each.is_resumable or len(reasons[each.name]) > 1:
+            continue
+        if each.state in taken:  # its weights have been taken already: it goes, and they have its place
+            reasons[taken[each.state]][:0] = reasons[each.name]
+            reasons[each.name] = []
+        else:
+            strip.append(each)
+
     return Plan(
         keep={name: tuple(why) for name, why in reasons.items() if why},
         remove=tuple(name for name, why in reasons.items() if not why),
+        strip=tuple(each.name for each in strip if each.is_divisible),
+        indivisible=tuple(each.name for each in strip if not each.is_divisible),
     )
 
 
-def _milestones(ordered: Sequence[Candidate], period: int, count: Callable[[Candidate], int]) -> Collection[Candidate]:
-    """The first candidate at or past each multiple of the period; of two of the same step, the newer.
+def doomed(
+    keep: Keep,
+    monitor: Monitor | None,
+    candidates: Iterable[Candidate],
+    *,
+    pins: Mapping[str, str],
+    resumed_from: str | None = None,
+    damaged: Collection[str] = (),
+    is_whole: Callable[[str], bool],
+) -> Plan:
+    """A plan that removes and strips what `plan` would, asking of as few candidates as possible whether they are whole.
+
+    is_whole: is asked once for a name at most, and not for those in `damaged`. A run of which much is kept for ever is
+    pruned after each save: asking all of them would cost more than the save.
+    """
+    made = list(candidates)
+    broken, asked = set(damaged), set(damaged)
+    while True:
+        found = plan(keep, monitor, made, pins=pins, resumed_from=resumed_from, damaged=broken)
+        unsure = _decisive(keep, monitor, [each for each in made if each.name not in broken], found) - asked
+        if not unsure:
+            return found
+        asked |= unsure
+        broken |= {name for name in unsure if not is_whole(name)}
+
+
+def _decisive(keep: Keep, monitor: Monitor | None, whole: list[Candidate], found: Plan) -> set[str]:
+    """Those that must be whole for a plan to be followed: those that go or are stripped, and all in whose favor they go.
+
+    Damage anywhere else moves nothing into the place of another: a quota that loses one takes the next, and who had a
+    place in it keeps it. Only with min_delta any one may be a step on the way to the best.
+    """
+    if monitor is not None and monitor.min_delta:
+        return {each.name for each in whole}
+    going = {*found.remove, *found.strip}
+    if not going:
+        return set()
+    counted, spare = _apart(sorted(whole, key=lambda each: each.order))
+    states = {each.state for each in spare}
+    decisive = _newest(keep, counted) + [each for each in whole if each.state in states]
+    if monitor is not None:
+        decisive += monitor.rank(counted, limit=max(keep.best, 1))
+    for period, noun in _periods(keep):
+        windows = {getattr(each, noun) // period for each in whole if each.name in going}
+        decisive += [each for window, each in _milestones(counted, period, noun).items() if window in windows]
+    return going | {each.name for each in decisive}
+
+
+def _apart(ordered: Sequence[Candidate]) -> tuple[list[Candidate], list[Candidate]]:
+    """Those that count, and those that hold nothing but the weights of one that counts.
+
+    A crash may leave both, and so may a person who has brought the whole one back.
+    """
+    first: dict[tuple[int, int], Candidate] = {}
+    for each in ordered:
+        first.setdefault(each.state, each)
+    spare = [each for each in ordered if not each.is_resumable and first[each.state] is not each]
+    names = {each.name for each in spare}
+    return [each for each in ordered if each.name not in names], spare
+
+
+def _newest(keep: Keep, counted: Sequence[Candidate]) -> list[Candidate]:
+    """Those with a place among the last, the newest first; weights alone have one only where there is nothing else."""
+    resumable = [each for each in counted if each.is_resumable] or counted
+    return list(resumable[: -max(keep.last, 1) - 1 : -1])
+
+
+def _periods(keep: Keep) -> list[tuple[int, str]]:
+    """Every so many of what: a count and the field of a candidate that it is compared with."""
+    periods = {"step": keep.every_steps, "epoch": keep.every_epochs}
+    return [(period, noun) for noun, period in periods.items() if period is not None]
+
+
+def _milestones(ordered: Sequence[Candidate], period: int, noun: str) -> dict[int, Candidate]:
+    """The first candidate at or past each multiple of the period, by multiple; of two of the same step, the newer.
 
     At or past, because a cadence by epochs may never meet a multiple of steps. One that was kept stays the first, so the
     plan does not change when others go.
     """
     first: dict[int, Candidate] = {}
     for each in ordered:
-        window = count(each) // period
+        window = getattr(each, noun) // period
         if window and (window not in first or first[window].step == each.step):
             first[window] = each
-    return first.values()
+    return first
 
 
 def _place(what: str, place: int, quota: int) -> str:

@@ -12,16 +12,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import mmap
 import os
 import stat
 import sys
 import warnings
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from highcamp.errors import Damaged, InvalidArgument, StorageError, Taken
+from highcamp.storage.contents import LocalReader, read_each, read_whole
 from highcamp.storage.direct import DirectWriter
-from highcamp.storage.store import NotThere, flat, join, parent, parts
+from highcamp.storage.store import NotThere, flat, is_plain, join, parent, parts
 from highcamp.storage.system import (
     APPEND,
     FILE_MODE,
@@ -31,6 +31,7 @@ from highcamp.storage.system import (
     READ,
     code_name,
     failure,
+    file_size,
     free_bytes,
     kind,
     lstat,
@@ -43,9 +44,8 @@ from highcamp.storage.system import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
-    from types import TracebackType
 
     from highcamp.storage.store import Buffer
 
@@ -68,6 +68,7 @@ class LocalStore:
         if not text or "\0" in text:
             raise InvalidArgument(f"{root!r} is not a path", hint='for example "runs/digits"')
         self._root = os.path.abspath(text)
+        self._inside = os.path.join(self._root, "")
         self._durable: set[str] = set()  # directories whose own name is known to survive a power cut
         self._warned = False
 
@@ -93,19 +94,17 @@ class LocalStore:
 
     def size(self, path: str) -> int | None:
         """See `Store.size`."""
-        where = self._absolute(path)
-        with told("stat", where):
-            found = lstat(where)
-        return found.st_size if found is not None and stat.S_ISREG(found.st_mode) else None
+        return file_size(self._absolute(path))
 
     def read(self, path: str, limit: int) -> bytes:
         """See `Store.read`."""
-        with self.open(path) as reader:
-            if reader.size > limit:
-                raise Damaged(f"{reader.where} is {reader.size} bytes, expected at most {limit}", path=reader.where)
-            data = bytearray(reader.size)
-            reader.read_into(0, memoryview(data))
-            return bytes(data)
+        return read_whole(self._absolute(path), limit)
+
+    def read_each(
+        self, directory: str, names: Iterable[str], file: str, limit: int, known: Mapping[str, bytes]
+    ) -> Iterator[tuple[str, bytes | Damaged | None]]:
+        """See `Store.read_each`."""
+        return read_each(self._absolute(directory), names, file, limit, known)
 
     def open(self, path: str) -> LocalReader:
         """See `Store.open`."""
@@ -124,7 +123,8 @@ class LocalStore:
         except BaseException:
             os.close(descriptor)
             raise
-        return LocalReader(descriptor, found.st_size, where)
+        identity = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+        return LocalReader(descriptor, found.st_size, where, identity)
 
     def create(self, path: str, chunks: Iterable[Buffer]) -> None:
         """See `Store.create`."""
@@ -143,6 +143,27 @@ class LocalStore:
                 # Only tidying, and the error under way is the one to tell. The file is not read, written or synced
                 # again: after a failed fsync the next one succeeds, and a read shows bytes that are not on the disk.
                 with contextlib.suppress(OSError):
+                    os.unlink(where)
+
+    def link(self, source: str, path: str) -> None:
+        """See `Store.link`: a hard link, whose name becomes durable with `publish`."""
+        origin, where = self._absolute(source), self._absolute(path)
+        with told("link", origin):
+            require_regular(os.lstat(origin), origin)
+            os.link(origin, where, follow_symlinks=False)
+        complete = False
+        try:
+            with told("fsync", where):
+                descriptor = os.open(where, READ)
+                try:
+                    # Crash answered: the run was copied here by hand a moment ago, and is still in the page cache alone.
+                    sync_file(descriptor)
+                finally:
+                    os.close(descriptor)
+            complete = True
+        finally:
+            if not complete:
+                with contextlib.suppress(OSError):  # tidying, as in `create`
                     os.unlink(where)
 
     def draft(self, target: str) -> str:
@@ -367,7 +388,7 @@ class LocalStore:
             self._sync_directory(os.path.dirname(source))
 
     def _absolute(self, path: str, *, root: bool = False) -> str:
-        return os.path.join(self._root, *parts(path, root=root))
+        return self._inside + path if is_plain(path) else os.path.join(self._root, *parts(path, root=root))
 
 
 def _unlistable(error: OSError) -> None:
@@ -380,62 +401,3 @@ def _unremovable(where: str, error: BaseException) -> None:
         raise error
     if error.errno != errno.ENOENT:
         raise failure(error, "remove", where) from error
-
-
-class LocalReader:
-    """An open file of a LocalStore; see `Reader`."""
-
-    def __init__(self, descriptor: int, size: int, where: str) -> None:
-        """where: the absolute path, for messages."""
-        self._descriptor = descriptor
-        self._size = size
-        self.where = where
-
-    @property
-    def size(self) -> int:
-        """Bytes in the file when it was opened."""
-        return self._size
-
-    def read_into(self, offset: int, buffer: memoryview) -> None:
-        """See `Reader.read_into`."""
-        rest = flat(buffer)
-        if offset < 0:
-            raise InvalidArgument(f"{self.where}: read at offset {offset}", path=self.where)
-        while rest:
-            with told("read", self.where):
-                count = os.preadv(self._descriptor, [rest], offset)
-            if count == 0:
-                raise Damaged(
-                    f"{self.where} ends at byte {offset}, expected {len(rest)} bytes more",
-                    path=self.where,
-                    hint="it was truncated, or its manifest belongs to another file",
-                )
-            offset += count
-            rest = rest[count:]
-
-    def map(self) -> memoryview:
-        """See `Reader.map`."""
-        if self._size == 0:  # mmap refuses a length of 0
-            return memoryview(b"")
-        try:
-            with told("mmap", self.where):
-                return memoryview(mmap.mmap(self._descriptor, self._size, access=mmap.ACCESS_READ))
-        except ValueError as error:  # mmap compares the length with the file as it is now
-            raise Damaged(f"{self.where} is shorter than the {self._size} bytes it had", path=self.where) from error
-
-    def close(self) -> None:
-        """See `Reader.close`."""
-        if self._descriptor >= 0:
-            descriptor, self._descriptor = self._descriptor, -1
-            with told("close", self.where):
-                os.close(descriptor)
-
-    def __enter__(self) -> Self:
-        """Return the reader itself."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close."""
-        self.close()

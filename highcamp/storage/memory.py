@@ -14,7 +14,7 @@ from highcamp.errors import Damaged, InvalidArgument, StorageError, Taken
 from highcamp.storage.store import NotThere, flat, join, parts
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Hashable, Iterable, Iterator, Mapping
     from types import TracebackType
 
     from highcamp.storage.store import Buffer
@@ -76,6 +76,20 @@ class MemoryStore:
                 )
             return bytes(reader.map())
 
+    def read_each(
+        self, directory: str, names: Iterable[str], file: str, limit: int, known: Mapping[str, bytes]
+    ) -> Iterator[tuple[str, bytes | Damaged | None]]:
+        """See `Store.read_each`."""
+        for name in names:
+            found: bytes | Damaged | None
+            try:
+                found = self.read(join(directory, name, file), limit)
+            except NotThere:
+                found = None
+            except Damaged as error:
+                found = error
+            yield name, known[name] if found is not None and known.get(name) == found else found
+
     def open(self, path: str) -> MemoryReader:
         """See `Store.open`."""
         parts(path)
@@ -97,6 +111,16 @@ class MemoryStore:
             if path in self._files or self._is_directory(path):
                 raise self._taken("create", path)
             self._files[path] = bytes(data)
+
+    def link(self, source: str, path: str) -> None:
+        """See `Store.link`: the bytes are shared, as by a copy that the server makes."""
+        parts(source), parts(path)
+        with self._lock:
+            if source not in self._files:
+                raise NotThere(f"{self._where(source)} does not exist", path=self._where(source))
+            if path in self._files or self._is_directory(path):
+                raise self._taken("link", path)
+            self._files[path] = self._files[source]
 
     def draft(self, target: str) -> str:
         """See `Store.draft`: the target itself, listed from now on."""
@@ -194,6 +218,11 @@ class MemoryReader:
     def size(self) -> int:
         """Bytes in the file."""
         return len(self._data)
+
+    @property
+    def identity(self) -> Hashable:
+        """See `Reader.identity`: a link shares the bytes, a new file has its own."""
+        return id(self._data)
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """See `Reader.read_into`."""

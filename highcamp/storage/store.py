@@ -10,10 +10,10 @@ import os
 import re
 from typing import TYPE_CHECKING, Protocol, Self
 
-from highcamp.errors import InvalidArgument, StorageError
+from highcamp.errors import Damaged, InvalidArgument, StorageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Hashable, Iterable, Iterator, Mapping
     from types import TracebackType
 
     Buffer = bytes | bytearray | memoryview
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 MAX_PART_BYTES = 255  # of one part of a path, as UTF-8; the limit of common file systems, kept on all stores
 
 _NOT_YET = ("s3", "gs", "az")
+# What nearly every path looks like: short names of plain characters, of which no rule below could refuse one.
+_PLAIN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}(?:/[A-Za-z0-9_-][A-Za-z0-9._-]{0,99})*\Z")
 
 
 class NotThere(StorageError, FileNotFoundError):
@@ -33,6 +35,11 @@ class Reader(Protocol):
     @property
     def size(self) -> int:
         """Bytes in the file when it was opened."""
+        ...
+
+    @property
+    def identity(self) -> Hashable:
+        """Equal for readers of one file, under any of its names, opened while nobody has replaced or written to it."""
         ...
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
@@ -82,6 +89,17 @@ class Store(Protocol):
         """The whole of a small file. NotThere if absent; Damaged if above `limit` bytes or no regular file."""
         ...
 
+    def read_each(
+        self, directory: str, names: Iterable[str], file: str, limit: int, known: Mapping[str, bytes]
+    ) -> Iterator[tuple[str, bytes | Damaged | None]]:
+        """What `read` gives for the file called `file` in each of `names` below `directory`, with its name, in that order.
+
+        None where it is absent, and the Damaged that `read` would raise; other errors are raised. known: by name, what was
+        read before: where that is what is there now, it is given itself, not a copy. A local disk looks a directory up
+        once for thousands of manifests, and a service can be asked for many at the same time.
+        """
+        ...
+
     def open(self, path: str) -> Reader:
         """A reader of a file of any size. NotThere if absent; Damaged if it is no regular file."""
         ...
@@ -91,6 +109,14 @@ class Store(Protocol):
 
         chunks: C-contiguous buffers, each read before the next is asked for. After a failure nothing is left at `path`
         where that is possible. Inside a draft the name becomes durable with `publish`.
+        """
+        ...
+
+    def link(self, source: str, path: str) -> None:
+        """Let the file `source` be `path` too, without writing its bytes again; removing one leaves the other.
+
+        For files that never change, into a draft; durable as what `create` has written. NotThere if `source` is absent,
+        Taken if `path` is in use, StorageError where files cannot be linked: the caller then writes the bytes.
         """
         ...
 
@@ -151,6 +177,11 @@ def parts(path: str, *, root: bool = False) -> tuple[str, ...]:
                 hint="shorten it",
             )
     return found
+
+
+def is_plain(path: str) -> bool:
+    """Whether `parts` would take `path` as it is; quick, and not all that it would take is plain."""
+    return _PLAIN.match(path) is not None
 
 
 def join(*names: str) -> str:

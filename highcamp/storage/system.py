@@ -30,7 +30,7 @@ FILE_MODE = 0o666  # the umask, not we, decides who may read
 
 IN_USE = frozenset({errno.EEXIST, errno.ENOTEMPTY})  # a full directory is ENOTEMPTY on ext4 and tmpfs, EEXIST on xfs
 NOT_ALLOWED = frozenset({errno.EACCES, errno.EPERM})
-_ABSENT = frozenset({errno.ENOENT, errno.ENOTDIR})
+ABSENT = frozenset({errno.ENOENT, errno.ENOTDIR})
 _NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
 _UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP})
 _HINTS = {
@@ -120,9 +120,20 @@ def lstat(where: str) -> os.stat_result | None:
     try:
         return os.lstat(where)
     except OSError as error:
-        if error.errno in _ABSENT:
+        if error.errno in ABSENT:
             return None
         raise
+
+
+def file_size(where: str) -> int | None:
+    """Bytes of the regular file at `where`; None if there is none."""
+    try:
+        found = os.lstat(where)
+    except OSError as error:
+        if error.errno in ABSENT:
+            return None
+        raise failure(error, "stat", where) from error
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
 
 
 def require_regular(found: os.stat_result, where: str) -> None:
@@ -131,7 +142,7 @@ def require_regular(found: os.stat_result, where: str) -> None:
         raise Damaged(
             f"{where} is {kind(found)}, expected a regular file",
             path=where,
-            hint="highcamp makes no such thing and did not open it; look who put it there",
+            hint="highcamp makes no such thing and did not read it; look who put it there",
         )
 
 

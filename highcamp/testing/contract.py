@@ -11,6 +11,7 @@ The two raw accessors bypass the store, so that it cannot vouch for itself.
 from __future__ import annotations
 
 import errno
+import re
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
@@ -28,19 +29,8 @@ STEP = "checkpoints/step-00000001"
 OTHER = "checkpoints/step-00000002"
 TRASH = "checkpoints/.trash-step-00000001-0badcafe"
 BAD_PATHS = (
-    "/etc/passwd",
-    "..",
-    "../x",
-    "a/../b",
-    "a/./b",
-    "./a",
-    "a//b",
-    "a/",
-    "a\\b",
-    "a\0b",
-    "..\\x",
-    "x" * 256,
-)
+    "/etc/passwd", "..", "../x", "a/../b", "a/./b", "./a", "a//b", "a/", "a\\b", "a\0b", "..\\x", "x" * 256,
+)  # fmt: skip
 
 
 class StoreContract(ABC):
@@ -130,6 +120,37 @@ class StoreContract(ABC):
             with pytest.raises(Damaged, match="directory"):
                 call()
 
+    def test_read_each_gives_what_read_gives(self, store: Store) -> None:
+        """A run is listed by it: one absent or broken manifest must be told in its place, and hide no other."""
+        for name, data in (("a", b"12345"), ("b", b""), ("d", b"123456")):
+            self.raw_write(store, f"c/{name}/x", data)
+        self.raw_write(store, "c/e/x/below", b"")
+        self.raw_write(store, "c/f", b"a file")
+
+        found = dict(store.read_each("c", ["d", "a", "absent", "b", "e", "f"], "x", 5, {}))
+
+        assert list(found) == ["d", "a", "absent", "b", "e", "f"]
+        assert (found["a"], found["b"], found["absent"], found["f"]) == (b"12345", b"", None, None)
+        for name, why in (("d", r"c/d/x is 6 bytes, expected at most 5"), ("e", r"c/e/x is a directory")):
+            assert isinstance(found[name], Damaged)
+            assert re.search(why, str(found[name]))
+        assert list(store.read_each("absent", ["a"], "x", 5, {})) == [("a", None)]
+        assert list(store.read_each("c", [], "x", 5, {})) == []
+
+    def test_read_each_knows_what_has_not_changed(self, store: Store) -> None:
+        """Old bytes are given for the very same ones only: a manifest that has grown, shrunk or changed is another one."""
+        known = {"same": b"12345", "changed": b"12345", "longer": b"12345", "shorter": b"12345", "gone": b"12345"}
+        now = {"same": b"12345", "changed": b"12346", "longer": b"123456", "shorter": b"1234", "new": b"12345"}
+        for name, data in now.items():
+            self.raw_write(store, f"c/{name}/x", data)
+
+        found = dict(store.read_each("c", [*now, "gone"], "x", 10, known))
+
+        assert found == {**now, "gone": None}
+        assert found["same"] is known["same"]
+        limited = dict(store.read_each("c", ["longer"], "x", 5, known))["longer"]
+        assert isinstance(limited, Damaged)
+
     def test_reader_fills_buffers(self, store: Store) -> None:
         """Tensors are read straight into live memory: the right bytes, at the right place, and no others."""
         self.raw_write(store, "x", bytes(range(100)))
@@ -173,6 +194,9 @@ class StoreContract(ABC):
             lambda: store.list(path),
             lambda: store.size(path),
             lambda: store.read(path, 10),
+            lambda: list(store.read_each(path, ["a"], "x", 10, {})),
+            lambda: list(store.read_each("a", [path], "x", 10, {})),
+            lambda: list(store.read_each("a", ["a"], path, 10, {})),
             lambda: store.open(path),
             lambda: store.create(path, [b"x"]),
             lambda: store.draft(path),
@@ -262,6 +286,31 @@ class StoreContract(ABC):
         else:
             store.create("absent/x", [b"x"])
             assert self.raw_read(store, "absent/x") == b"x"
+
+    def test_a_link_outlives_its_source(self, store: Store) -> None:
+        """Each checkpoint is complete and removable by itself, however many share a file."""
+        draft = store.draft(STEP)
+        store.create(f"{draft}/model.safetensors", [b"frozen"])
+        store.publish(draft, STEP)
+        later = store.draft(OTHER)
+        store.link(f"{STEP}/model.safetensors", f"{later}/model.1.safetensors")
+        store.publish(later, OTHER)
+        with store.open(f"{STEP}/model.safetensors") as one, store.open(f"{OTHER}/model.1.safetensors") as two:
+            assert one.identity == two.identity
+        store.remove(STEP)
+        assert self.raw_read(store, f"{OTHER}/model.1.safetensors") == b"frozen"
+        assert self.raw_read(store, f"{STEP}/model.safetensors") is None
+
+    def test_a_link_never_overwrites_and_needs_a_file(self, store: Store) -> None:
+        """A name in use stays what it is, and what is not there is said."""
+        draft = store.draft(STEP)
+        store.create(f"{draft}/one", [b"1"])
+        store.create(f"{draft}/two", [b"2"])
+        with pytest.raises(Taken):
+            store.link(f"{draft}/one", f"{draft}/two")
+        with pytest.raises(NotThere):
+            store.link(f"{draft}/absent", f"{draft}/three")
+        assert self.raw_read(store, f"{draft}/two") == b"2"
 
     def test_replace_puts_new_bytes_in_place(self, store: Store) -> None:
         """Shorter, longer, first: what is read afterwards is exactly what was given."""

@@ -17,11 +17,11 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING, TypeVar
 
-from highcamp.errors import StorageError
+from highcamp.errors import Damaged, StorageError
 from highcamp.storage.store import flat, join
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from highcamp.storage.store import Buffer, Reader, Store
 
@@ -76,6 +76,13 @@ class FaultyStore:
         self._require_alive(f"read {path}")
         return self._store.read(path, limit)
 
+    def read_each(
+        self, directory: str, names: Iterable[str], file: str, limit: int, known: Mapping[str, bytes]
+    ) -> Iterator[tuple[str, bytes | Damaged | None]]:
+        """Pass on."""
+        self._require_alive(f"read {directory}")
+        return self._store.read_each(directory, names, file, limit, known)
+
     def open(self, path: str) -> Reader:
         """Pass on."""
         self._require_alive(f"open {path}")
@@ -89,6 +96,10 @@ class FaultyStore:
             self._store.create(path, [data[: len(data) // 2]])
 
         self._run(f"create {path}", lambda: self._store.create(path, chunks), tear)
+
+    def link(self, source: str, path: str) -> None:
+        """Count; torn: done, but reported as failed."""
+        self._run(f"link {source} {path}", lambda: self._store.link(source, path))
 
     def draft(self, target: str) -> str:
         """Count; torn: the draft is there, and nobody was told its name."""
