@@ -56,7 +56,7 @@ def to_host(leaf: object) -> HostArray | None:
     # an array of one device is its buffer; a sharded one is put together on the host, and known by the object
     tie = ("jax", str(leaf.device), leaf.unsafe_buffer_pointer()) if is_single else ("jax", id(leaf))
     host = HostArray.from_numpy(np.asarray(leaf), tie if leaf.size else None)
-    return HostArray(host.dtype, host.shape, host.data.toreadonly(), host.tie, "jax")
+    return HostArray(host.dtype, host.shape, host.data.toreadonly(), host.tie, "jax", is_immutable=True)
 
 
 def from_host(array: HostArray, like: object | None) -> jax.Array:

@@ -9,25 +9,26 @@ import threading
 import weakref
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from highcamp.core.manifest import Manifest, split_metrics
 from highcamp.errors import Damaged, Refused, StorageError, Unreadable
-from highcamp.run import commit, owner
+from highcamp.run import commit, owner, weights
 from highcamp.run.checkpoint import Checkpoint
-from highcamp.run.history import Event, append_events, attempt_numbers, format_time, log_event
+from highcamp.run.history import Event, append_events, attempt_numbers, format_time, log_event, save_event
 from highcamp.run.run import Run
-from highcamp.run.settings import Settings, monitor_facts, read_settings, write_settings
+from highcamp.run.settings import PaceFacts, Settings, keep_facts, monitor_facts, read_settings, write_settings
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from highcamp.policy.cadence import Every
     from highcamp.policy.monitor import Monitor
     from highcamp.policy.retention import Keep
     from highcamp.run.commit import Part
+    from highcamp.run.history import SaveCost
     from highcamp.storage.store import Store
 
 
@@ -65,6 +66,7 @@ class OngoingAttempt:
         self._damaged: set[str] = set()
         self._lock = threading.Lock()  # the history is written by the loop and by the writer
         self._parent: str | None = None
+        self._has_told_indivisible = False
         self._rows, self._part = 0, 1
         self._unwritten: list[Event] = []  # not in the current history file
         self._undurable: list[Event] = []  # not known to survive a power cut
@@ -81,21 +83,34 @@ class OngoingAttempt:
             manifests = [entry.manifest for entry in self.run.checkpoints]
             run_id = manifests[-1].run_id if manifests else secrets.token_hex(8)
             known = Settings(run_id=run_id, created_at=format_time(datetime.now(UTC)))
-        keep = {
-            name: getattr(self._keep, name)
-            for name in ("best", "last", "every_steps", "every_epochs")
-            if getattr(self._keep, name) is not None
-        }
-        return msgspec.structs.replace(known, monitor=monitor_facts(self._monitor), keep=keep, every=every)
+        return msgspec.structs.replace(
+            known, monitor=monitor_facts(self._monitor), keep=keep_facts(self._keep), every=every, pace=None
+        )
 
-    def note(self, *, tracked: Sequence[str] | None = None, epochs_planned: int | None = None) -> None:
-        """Write into `run.json` what is known now. tracked: the names of the objects that checkpoints will hold."""
+    @property
+    def run_id(self) -> str:
+        """Tells this run from every other one, also before anything is written."""
+        return self._settings.run_id
+
+    def note(
+        self,
+        *,
+        tracked: Sequence[str] | None = None,
+        epochs_planned: int | None = None,
+        pace: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write into `run.json` what is known now.
+
+        tracked: the names of the objects that checkpoints will hold. pace: what `Every.auto` has chosen, see `PaceFacts`.
+        """
         with self._lock:
             changed = self._settings
             if tracked is not None:
                 changed = msgspec.structs.replace(changed, tracked=tuple(tracked))
             if epochs_planned is not None:
                 changed = msgspec.structs.replace(changed, epochs_planned=epochs_planned)
+            if pace:
+                changed = msgspec.structs.replace(changed, pace=PaceFacts(**pace))
             self._settings = changed
             if self._written != changed:
                 write_settings(self._store, changed)
@@ -135,6 +150,11 @@ class OngoingAttempt:
         """Append a row of metrics; it is durable before the next commit is. batch: 0 between epochs."""
         self._append(log_event(step, epoch, metrics, datetime.now(UTC), batch=batch), durable=False)
 
+    def note_save(self, checkpoint: Checkpoint, cost: SaveCost) -> None:
+        """Append what a save has cost; it is durable before the next commit is."""
+        event = save_event(checkpoint.name, checkpoint.step, checkpoint.epoch, cost, datetime.now(UTC))
+        self._append(event, durable=False)
+
     def end(self, how: str, step: int, epoch: int) -> None:
         """Write down, durably, how this attempt ended, and give the run back."""
         try:
@@ -159,42 +179,78 @@ class OngoingAttempt:
         self, *, step: int, epoch: int, batch: int, metrics: Mapping[str, float], versions: dict[str, str]
     ) -> Manifest:
         """The facts of the next checkpoint; each call takes the next sequence number."""
-        self._sequence += 1
         finite, nonfinite = split_metrics(metrics)
         return Manifest(
-            run_id=self._settings.run_id, step=step, epoch=epoch, batch=batch, sequence=self._sequence,
+            run_id=self._settings.run_id, step=step, epoch=epoch, batch=batch, sequence=self._next_sequence(),
             attempt=self.number, owner=self._ownership.number, parent=self._parent, created_at=format_time(datetime.now(UTC)),
             metrics=finite, nonfinite=nonfinite, versions=versions,
         )  # fmt: skip
 
-    def commit(self, manifest: Manifest, parts: Sequence[Part]) -> Checkpoint:
-        """Make a checkpoint exist; when this returns it is durable, and so is every row logged before it."""
-        self._ownership.check()
-        self._check_space(sum(len(part.data) for part in parts))
-        self.sync()  # a row lost in a power cut would turn the best into an unranked checkpoint
-        name, manifest = commit.commit(self._store, manifest, parts)
-        self._parent = name
-        return Checkpoint(name, manifest, manifest.values, store=self._store)
+    def _next_sequence(self) -> int:
+        with self._lock:
+            self._sequence += 1
+            return self._sequence
 
-    def prune(self) -> list[str]:
+    def commit(
+        self, manifest: Manifest, parts: Sequence[Part], *, confirm: Callable[[], None] | None = None
+    ) -> tuple[Checkpoint, dict[str, list[str]]]:
+        """Make a checkpoint exist; when this returns it is durable, and so is every row logged before it.
+
+        confirm: see `commit.commit`. Returns the digests of the tensors of each file too, in file order.
+        """
+        self._ownership.check()
+        self._check_space(sum(each.new_bytes for part in parts for each in part.files))
+        self.sync()  # a row lost in a power cut would turn the best into an unranked checkpoint
+        name, manifest, digests = commit.commit(self._store, manifest, parts, confirm=confirm)
+        self._parent = name
+        return Checkpoint(name, manifest, manifest.values, store=self._store), digests
+
+    def prune(self, tell: Callable[[str, int], object] = lambda *_: None) -> list[str]:
         """Remove what the retention does not keep, and return the names; what was committed last always stays.
 
-        Nothing goes before what would be left is seen to be whole, and all rows that rank it are durable.
+        A best of which only the weights are kept goes when they have been taken from it. Nothing goes before what would be
+        left is seen to be whole, and all rows that rank it are durable. tell: is called with a line on what became of a
+        best, and its level: 0 for a warning, 2 for a detail.
         """
-        plan = self.run.plan(self._keep, monitor=self._monitor, damaged=self._damaged)
+        plan = self.run.doomed(self._keep, monitor=self._monitor, damaged=self._damaged)
         doomed = [name for name in plan.remove if name != self._parent]
-        if not doomed:
+        strip = [name for name in plan.strip if name != self._parent]
+        self._tell_indivisible(plan.indivisible, tell)
+        if not doomed and not strip:
             return []
         self._ownership.check()
         self.sync()
-        self.run.check_survivors(doomed, damaged=self._damaged)
-        removed = []
-        for name in doomed:
-            trash = self.run.withdraw_unpinned(name, doomed=True)
-            if trash is not None:
-                self._store.remove(commit.checkpoint_path(trash))
-                removed.append(name)
+        self.run.check_survivors([*doomed, *strip], damaged=self._damaged)
+        removed = [name for name in doomed if self._remove(name)]
+        for entry in [entry for entry in self.run.checkpoints if entry.name in strip]:
+            try:
+                taken = weights.take(entry, self._next_sequence())
+            except Damaged as error:  # what is left of it stays, and the next best has its place
+                self.note_damaged(entry.name)
+                tell(str(error), 0)
+                continue
+            tell(f"{entry.name} gave back its resume state; its weights are {taken.name}", 2)
+            if self._remove(entry.name):
+                removed.append(entry.name)
         return removed
+
+    def _remove(self, name: str) -> bool:
+        """Remove a checkpoint for good, unless it is pinned or gone already; whether it was removed."""
+        trash = self.run.withdraw_unpinned(name, doomed=True)
+        if trash is not None:
+            self._store.remove(commit.checkpoint_path(trash))
+        return trash is not None
+
+    def _tell_indivisible(self, names: Sequence[str], tell: Callable[[str, int], object]) -> None:
+        """Say once why a best keeps its resume state, though only its weights are wanted."""
+        if not names or self._has_told_indivisible:
+            return
+        self._has_told_indivisible = True
+        tell(
+            f"{', '.join(names)}: keeps its resume state, because its manifest does not tell weights from the rest; known "
+            "are models, and parts of a passed state with names such as params",
+            2,
+        )
 
     def sync(self) -> None:
         """Make every row logged so far durable."""

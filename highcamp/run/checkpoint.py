@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from highcamp.core.manifest import STATE
-from highcamp.core.tree import names, unflatten
-from highcamp.errors import CheckpointNotFound, Damaged, InvalidArgument
-from highcamp.run import commit, export, live, verify
+from highcamp.core.tree import names
+from highcamp.errors import InvalidArgument
+from highcamp.run import commit, export, verify
 from highcamp.run.history import parse_time
-from highcamp.run.tensors import damaged, load_tensors
+from highcamp.run.reading import Reading
 
 if TYPE_CHECKING:
     import os
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from highcamp.core.manifest import File, Manifest
+    from highcamp.run.tensors import Saved
     from highcamp.run.verify import Verification
     from highcamp.storage.store import Store
 
@@ -104,8 +104,9 @@ class Checkpoint:
         truncates the file in place. With `copy` they are read into memory of their own and writable. Tied tensors appear
         under each of their paths. Raises CheckpointNotFound for an object it does not have, Damaged.
         """
-        saved = self._read(object, mapped=not copy)
-        return {path: saved.tensors[name].numpy() for path, name in names(saved.skeleton).items()}
+        with Reading(self) as reading:
+            skeleton, tensors = reading.load(object, mapped=not copy)
+        return {path: tensors[name].numpy() for path, name in names(skeleton).items()}
 
     def state(self, object: str) -> Any:  # noqa: A002
         """The whole state of one object as plain data: dicts, lists, tuples, numbers, with NumPy arrays as tensors.
@@ -113,53 +114,30 @@ class Checkpoint:
         Named tuples come back as dicts of their fields; `restore` with the live object, or `like=`, gives them back.
         Raises CheckpointNotFound, Damaged.
         """
-        saved = self.saved(object)
-        return unflatten(saved.skeleton, lambda name: saved.tensors[name].numpy())
+        with Reading(self) as reading:
+            return reading.state(object)
 
     def restore(self, **objects: object) -> None:
         """Put the state of the named objects into live ones, such as `restore(model=model)`.
 
-        Everything is read, verified and compared before the first object is touched. Raises Mismatch listing every
-        difference, Damaged, CheckpointNotFound for a name it does not have.
+        Everything is compared before the first object is touched: a Mismatch lists every difference and has changed
+        nothing. The bytes are then read straight into the objects' own memory and verified on the way, so Damaged may come
+        when the objects are overwritten in part, and says so; if they must survive that, call `verify` first. Raises
+        CheckpointNotFound for a name it does not have.
         """
         if not objects:
             raise InvalidArgument(
                 "restore() was given no objects", hint="name them as they are saved: restore(model=model)"
             )
-        state = self._state()
-        pairs = {name: (entry, self._read(name, mapped=False, state=state)) for name, entry in objects.items()}
-        live.restore_objects(pairs, where=self.path)
+        with Reading(self) as reading:
+            reading.restore(objects)
 
-    def saved(self, name: str) -> live.Saved:
-        """The verified saved state of one object, its tensors in memory of their own.
+    def saved(self, name: str) -> Saved:
+        """The saved state of one object, for `live.fill_state`; its tensors are not read yet.
 
         Raises CheckpointNotFound, Damaged.
         """
-        return self._read(name, mapped=False)
-
-    def _read(self, name: str, *, mapped: bool, state: commit.State | None = None) -> live.Saved:
-        self._require(name)
-        try:
-            state = state or self._state()
-            skeleton = state.objects[name]
-            tensors = load_tensors(self, name, mapped=mapped)
-        except Damaged as error:
-            if commit.read_manifest(self.store, self.name) is not None:
-                raise
-            raise CheckpointNotFound(
-                f"{self.path} was removed while it was read", path=self.path, hint="ask the run again, or pin it first"
-            ) from error
-        try:
-            # Built once for nothing: a tree that is malformed, or names what its files do not hold, is damage with the
-            # name of its checkpoint, and resume falls back before any object is touched.
-            unflatten(skeleton, tensors.__getitem__)
-        except (Damaged, KeyError) as error:
-            problem = error.message if isinstance(error, Damaged) else f"it names a tensor {error} that is not there"
-            raise damaged(self, f"the {name} in {STATE} cannot be read: {problem}") from error
-        return live.Saved(skeleton, tensors, state.kinds.get(name, {}))
-
-    def _state(self) -> commit.State:
-        return commit.read_state(self.store, self.name, self.manifest)
+        return Reading(self).saved(name)
 
     def verify(self, *, quick: bool = False) -> Verification:
         """Compare every byte with its digest (quick: only names and sizes) and name what is damaged; repairs nothing."""
@@ -175,11 +153,5 @@ class Checkpoint:
 
     def skeleton(self, name: str) -> Any:
         """The tree of one object as JSON, tensors named; `docs/format.md` has its rules. Raises CheckpointNotFound, Damaged."""
-        self._require(name)
-        return self._state().objects[name]
-
-    def _require(self, name: str) -> None:
-        if name not in self.manifest.objects:
-            raise CheckpointNotFound(
-                f"{self.path} holds no object {name!r}", path=self.path, hint=f"it holds {', '.join(self.objects)}"
-            )
+        with Reading(self) as reading:
+            return reading.skeleton(name)

@@ -8,6 +8,7 @@ a crash after it leaves a whole checkpoint. Removing goes the other way: un-publ
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import re
 import secrets
@@ -19,36 +20,71 @@ import msgspec
 from highcamp.core import strict
 from highcamp.core.digest import Hasher, digest
 from highcamp.core.manifest import MANIFEST, MAX_MANIFEST_BYTES, STATE, File, Manifest, Object, decode, encode
-from highcamp.errors import Damaged, Taken
+from highcamp.errors import Damaged, StorageError, Taken
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from highcamp.core.tensorfile import Layout
-    from highcamp.storage.store import Store
+    from highcamp.storage.store import Reader, Store
 
 CHECKPOINTS = "checkpoints"
 PENDING = ".pending-"
 TRASH = ".trash-"
 MAX_STATE_BYTES = 256 << 20  # the names and digests of 1,000,000 tensors fit
-CHUNK_BYTES = 16 << 20  # large enough for the disk's full rate, small enough to be hashed while it is in the cache
+COPY_BYTES = 16 << 20  # at once, of a file that could not be linked
+_DISK_FAILED = frozenset({errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS})  # no refusal of links
 _TRASH_NAME = re.compile(r"\.trash-(?P<name>.+)-[0-9a-f]{8}(?P<doomed>-doomed)?\Z")
+
+
+@dataclass
+class Committed:
+    """A tensor file of a committed checkpoint.
+
+    path: where it lies in the store. file: its name, size and digest. digests: of its tensors, in file order. reader: it,
+    held open, so that its bytes are there even if the checkpoint is removed. was_copied: set where it could not be linked,
+    so that its bytes were written once more.
+    """
+
+    path: str
+    file: File
+    digests: tuple[str, ...] = field(repr=False)
+    reader: Reader = field(repr=False)
+    was_copied: bool = False
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """One tensor file, ready to be written.
+
+    layout: its table. pieces: the bytes of its data section in the order of the layout, each piece to be used before the
+    next is asked for. same: a committed file that holds these very bytes; then there are no pieces, and it is linked.
+    """
+
+    name: str
+    layout: Layout = field(repr=False)
+    pieces: Callable[[], Iterable[memoryview]] = field(default=tuple, repr=False)
+    same: Committed | None = field(default=None, repr=False)
+
+    @property
+    def new_bytes(self) -> int:
+        """What writing it adds to the disk."""
+        return 0 if self.same is not None and not self.same.was_copied else self.layout.file_size
 
 
 @dataclass(frozen=True)
 class Part:
     """One object of the training state, ready to be written.
 
-    skeleton: its tree, tensors named. layout: the table of its tensor file, None if it has no tensors. data: the bytes of
-    the data section in the order of the layout, at least until `commit` has returned. kinds: the framework whose array a
-    tensor was, by tensor name; NumPy's are left out.
+    skeleton: its tree, tensors named. files: its tensor files, none if it has no tensors. kinds: the framework whose array
+    a tensor was, by tensor name; NumPy's are left out. weights: whether it is a model, or weights by another name.
     """
 
     name: str
-    skeleton: Any
-    layout: Layout | None = None
-    data: memoryview = field(default=memoryview(b""), repr=False)
+    skeleton: Any = field(repr=False)
+    files: tuple[TensorFile, ...] = ()
     kinds: dict[str, str] = field(default_factory=dict, repr=False)
+    weights: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,12 +105,17 @@ def checkpoint_path(name: str) -> str:
     return f"{CHECKPOINTS}/{name}"
 
 
-def commit(store: Store, manifest: Manifest, parts: Sequence[Part]) -> tuple[str, Manifest]:
-    """Write `parts` as a new checkpoint; durable when this returns its name and its manifest, files filled in.
+def commit(
+    store: Store, manifest: Manifest, parts: Sequence[Part], *, confirm: Callable[[], None] | None = None
+) -> tuple[str, Manifest, dict[str, list[str]]]:
+    """Write `parts` as a new checkpoint; durable when this returns.
 
-    manifest: the facts; `files` and `objects` are filled in here. A name that is in use is never touched: the second
-    checkpoint of step 450 is called step-00000450.2. On any error nothing is published and what was written is removed.
-    Raises StorageError.
+    Returns its name, its manifest with the files filled in, and the digests of the tensors of each file, in file order.
+
+    manifest: the facts; `files` and `objects` are filled in here. confirm: called when everything has been read and before
+    the checkpoint begins to exist; raises if what was read cannot be trusted. A name that is in use is never touched: the
+    second checkpoint of step 450 is called step-00000450.2. On any error nothing is published and what was written is
+    removed. Raises StorageError, Damaged if a file to be linked is not what it was.
     """
     for name in _candidate_names(manifest.step):
         if store.size(f"{checkpoint_path(name)}/{MANIFEST}") is not None:
@@ -84,16 +125,18 @@ def commit(store: Store, manifest: Manifest, parts: Sequence[Part]) -> tuple[str
         except Taken:
             continue
         break
+    digests: dict[str, list[str]] = {}
     published = False
     try:
-        files, digests = [], {}
-        for part in parts:
-            if part.layout is not None:
-                file, digests[f"{part.name}.safetensors"] = _write_tensors(store, draft, part, part.layout)
-                files.append(file)
+        files = []
+        for each in (each for part in parts for each in part.files):
+            file, digests[each.name] = _write_tensors(store, draft, each)
+            files.append(file)
         files.append(_write_state(store, draft, parts, digests))
         objects = {part.name: _describe(part) for part in parts}
         manifest = msgspec.structs.replace(manifest, files=tuple(files), objects=objects)
+        if confirm is not None:
+            confirm()
         # Last of all files: on every store its presence is the commit, so everything it lists must be durable before it.
         store.create(f"{draft}/{MANIFEST}", [encode(manifest)])
         name = _publish(store, draft, name, manifest)
@@ -104,7 +147,7 @@ def commit(store: Store, manifest: Manifest, parts: Sequence[Part]) -> tuple[str
                 OSError
             ):  # the failure under way is the news; a leftover is swept at the next start
                 store.remove(draft)
-    return name, manifest
+    return name, manifest, digests
 
 
 def _candidate_names(step: int) -> Iterator[str]:
@@ -123,19 +166,94 @@ def _publish(store: Store, draft: str, name: str, manifest: Manifest) -> str:
     raise AssertionError("names never run out")  # pragma: no cover
 
 
-def _write_tensors(store: Store, draft: str, part: Part, layout: Layout) -> tuple[File, list[str]]:
-    name = f"{part.name}.safetensors"
-    hasher = Hasher()
+def _write_tensors(store: Store, draft: str, each: TensorFile) -> tuple[File, list[str]]:
+    path = f"{draft}/{each.name}"
+    if each.same is not None:
+        return File(each.name, each.same.file.size, each.same.file.digest), _link(store, path, each.same)
+    hasher, hashing = Hasher(), TensorHasher(each.layout)
 
     def chunks() -> Iterator[memoryview]:
-        pieces = (part.data[at : at + CHUNK_BYTES] for at in range(0, len(part.data), CHUNK_BYTES))
-        for piece in itertools.chain([memoryview(layout.header)], pieces):
+        header = memoryview(each.layout.header)
+        hasher.update(header)
+        yield header
+        for piece in each.pieces():
+            hasher.update(piece)
+            hashing.update(piece)  # while the piece is in the processor's cache
+            yield piece
+
+    store.create(path, chunks())
+    return File(each.name, each.layout.file_size, hasher.text()), hashing.digests
+
+
+def _link(store: Store, path: str, same: Committed) -> list[str]:
+    """Let `path` be a committed file too; where the store cannot link, copy it. Returns the digests of its tensors."""
+    try:
+        store.link(same.path, path)
+    except StorageError as error:
+        if error.errno in _DISK_FAILED:
+            raise  # writing would be trying again
+        # Another file system, no links on this one, too many of them, or the file has been removed.
+        same.was_copied = True
+        _copy(store, path, same)
+    else:
+        with store.open(path) as linked:
+            if linked.identity != same.reader.identity:
+                raise Damaged(f"{same.path} was replaced or changed, so it was not linked", path=same.path)
+    return list(same.digests)
+
+
+def _copy(store: Store, path: str, same: Committed) -> None:
+    hasher = Hasher()
+    buffer = memoryview(bytearray(min(COPY_BYTES, same.file.size)))
+
+    def chunks() -> Iterator[memoryview]:
+        for start in range(0, same.file.size, len(buffer)):
+            piece = buffer[: same.file.size - start]
+            same.reader.read_into(start, piece)
             hasher.update(piece)
             yield piece
 
-    store.create(f"{draft}/{name}", chunks())
-    digests = [digest(part.data[entry.start : entry.end]) for entry in layout.entries]
-    return File(name, layout.file_size, hasher.text()), digests
+    store.create(path, chunks())
+    if hasher.text() != same.file.digest:
+        raise Damaged(f"{same.path} differs from its digest, so it was not copied", path=same.path)
+
+
+class TensorHasher:
+    """The digests of the tensors of a file, computed piece by piece in file order."""
+
+    def __init__(self, layout: Layout) -> None:
+        """layout: the table of the file. `digests` is whole when its data section has gone through `update`."""
+        self.digests: list[str] = []
+        self._entries = layout.entries
+        self._at = 0
+        self._begun: Hasher | None = None
+        self._take_empty()
+
+    def update(self, piece: memoryview) -> None:
+        """Go on with the next bytes of the data section."""
+        start, stop = self._at, self._at + len(piece)
+        while self._at < stop:
+            entry = self._entries[len(self.digests)]
+            end = min(entry.end, stop)
+            part = piece[self._at - start : end - start]
+            if self._begun is None and end == entry.end:
+                self.digests.append(digest(part))
+            else:
+                self._begun = self._begun or Hasher()
+                self._begun.update(part)
+                if end == entry.end:
+                    self.digests.append(self._begun.text())
+                    self._begun = None
+            self._at = end
+            self._take_empty()
+
+    def _take_empty(self) -> None:
+        """Tensors without elements have no bytes to wait for."""
+        while len(self.digests) < len(self._entries) and self._begun is None:
+            entry = self._entries[len(self.digests)]
+            if entry.start != entry.end:
+                return
+            self.digests.append(digest(b""))
 
 
 def _write_state(store: Store, draft: str, parts: Sequence[Part], digests: dict[str, list[str]]) -> File:
@@ -147,14 +265,19 @@ def _write_state(store: Store, draft: str, parts: Sequence[Part], digests: dict[
 
 
 def _describe(part: Part) -> Object:
-    if part.layout is None:
-        return Object()
-    return Object((f"{part.name}.safetensors",), len(part.layout.entries), len(part.data))
+    layouts = [each.layout for each in part.files]
+    return Object(
+        tuple(each.name for each in part.files),
+        sum(len(layout.entries) for layout in layouts),
+        sum(layout.size for layout in layouts),
+        part.weights,
+    )
 
 
 def checkpoint_names(store: Store) -> list[str]:
     """The names under which checkpoints are published; whether one exists is for its manifest to say."""
-    return [name for name in store.list(CHECKPOINTS) if not name.startswith(".")]
+    # A name with a backslash is somebody else's, and no path in a store.
+    return [name for name in store.list(CHECKPOINTS) if not name.startswith(".") and "\\" not in name]
 
 
 def read_manifest(store: Store, name: str) -> Manifest | None:
@@ -162,20 +285,38 @@ def read_manifest(store: Store, name: str) -> Manifest | None:
 
     Raises Damaged, or Unreadable for a newer format.
     """
-    found = read_manifest_bytes(store, name)
-    return None if found is None else found[1]
-
-
-def read_manifest_bytes(
-    store: Store, name: str, known: tuple[bytes, Manifest] | None = None
-) -> tuple[bytes, Manifest] | None:
-    """The same with its bytes. known: bytes read before and what they said, so that they are decoded once."""
     path = f"{checkpoint_path(name)}/{MANIFEST}"
     try:
         data = store.read(path, MAX_MANIFEST_BYTES)
     except FileNotFoundError:
         return None
-    return known if known is not None and known[0] == data else (data, decode(data, where=path))
+    return decode(data, where=path)
+
+
+def read_manifests(
+    store: Store, known: Mapping[str, tuple[bytes, Manifest]]
+) -> tuple[dict[str, tuple[bytes, Manifest]], list[tuple[str, str]]]:
+    """By name the manifests of all that is published, with their bytes, and (name, why) of what has none that can be read.
+
+    known: the first of these, as it was before. All bytes are read every time, for the name of a checkpoint that was
+    removed may be given to another one; what has not changed is not decoded again.
+    """
+    found: dict[str, tuple[bytes, Manifest]] = {}
+    unreadable: list[tuple[str, str]] = []
+    before = {name: data for name, (data, _) in known.items()}
+    for name, data in store.read_each(CHECKPOINTS, checkpoint_names(store), MANIFEST, MAX_MANIFEST_BYTES, before):
+        if data is None:
+            unreadable.append((name, "it has no manifest, so it is no checkpoint"))
+        elif data is before.get(name):
+            found[name] = known[name]
+        elif isinstance(data, Damaged):
+            unreadable.append((name, str(data)))
+        else:
+            try:
+                found[name] = (data, decode(data, where=f"{checkpoint_path(name)}/{MANIFEST}"))
+            except Damaged as error:
+                unreadable.append((name, str(error)))
+    return found, unreadable
 
 
 def read_state(store: Store, name: str, manifest: Manifest) -> State:

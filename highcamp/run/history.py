@@ -1,39 +1,70 @@
 """The history: every row of metrics logged, across the attempts of a run.
 
 One file per attempt, `history/attempt-0001.jsonl`, appended by the one process of that attempt, an event per line:
-`start` (where it resumed), `log` (a row of metrics), `end` (how it ended). A torn last line is ignored. After an append
-has failed its file is not trusted again: the attempt goes on in `attempt-0001.2.jsonl`, beginning with every event that was
-not yet durable; `row` tells events apart that stand in both.
+`start` (where it resumed), `log` (a row of metrics), `save` (what a save has cost), `end` (how it ended). A torn last line
+is ignored. After an append has failed its file is not trusted again: the attempt goes on in `attempt-0001.2.jsonl`,
+beginning with every event that was not yet durable; `row` tells events apart that stand in both.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
+import math
 import re
 import sys
 import threading
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 
-from highcamp.core.manifest import join_metrics, split_metrics
+from highcamp.core.manifest import Count, join_metrics, split_metrics, view_metrics
 from highcamp.errors import Damaged
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from highcamp.storage.store import Store
 
 DIRECTORY = "history"
 MAX_HISTORY_BYTES = 1 << 30  # ten million rows; more is not a history but a mistake
+Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
+"""A stretch of time; longer than thirty years is a mistake, and its line is passed over."""
+_NOTHING: Mapping[str, float] = MappingProxyType({})
 _FILE = re.compile(r"attempt-(\d{4,9})(?:\.(\d{1,9}))?\.jsonl\Z")
 
 
-class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One line of a history file; which fields are used depends on `event`: start, log or end."""
+class SaveCost(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
+    """What one save has cost, and what it wrote.
+
+    pause_seconds: the loop stood still for it. wait_seconds: it stood still before, for the save before. durable_seconds:
+    from the call to the commit. write_seconds: of these, spent in the background. interval_seconds: from the end of the
+    pause before to the end of this one. new_bytes: written; linked_bytes: of files that the checkpoint before has too.
+    """
+
+    pause_seconds: Seconds = 0.0
+    wait_seconds: Seconds = 0.0
+    durable_seconds: Seconds = 0.0
+    write_seconds: Seconds = 0.0
+    interval_seconds: Seconds = 0.0
+    new_bytes: Count = 0
+    linked_bytes: Count = 0
+
+    @property
+    def bytes_per_second(self) -> float | None:
+        """How fast it was written, flushing and renaming included; None where nothing was."""
+        return _ratio(self.new_bytes, self.write_seconds) if self.new_bytes else None
+
+    @property
+    def share(self) -> float | None:
+        """The share of time since the save before that the loop stood still; None where that time is not known."""
+        return _ratio(self.pause_seconds + self.wait_seconds, self.interval_seconds)
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
+    """One line of a history file; which fields are used depends on `event`: start, log, save or end."""
 
     event: str
     at: str
@@ -48,6 +79,8 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     host: str | None = None
     pid: int | None = None
     highcamp: str | None = None
+    checkpoint: str | None = None
+    cost: SaveCost | None = None
 
 
 @dataclass(frozen=True)
@@ -72,7 +105,8 @@ class Attempt:
     """One process's stretch of a run.
 
     resumed_from: the checkpoint it went on from, None for a fresh start; step, epoch, batch: where that was.
-    ended: "complete", "closed", "error" or "interrupted"; None while it runs, or if it was killed.
+    ended: "complete", "closed", "error" or "interrupted"; None while it runs, or if it was killed. last_at: when it was
+    heard of last.
     """
 
     number: int
@@ -84,6 +118,19 @@ class Attempt:
     ended: str | None = None
     host: str | None = None
     pid: int | None = None
+    last_at: datetime | None = None
+
+
+@dataclass(frozen=True)
+class Save:
+    """One save that was committed, and what it has cost. checkpoint: its name, which may be gone by now."""
+
+    attempt: int
+    checkpoint: str
+    step: int
+    epoch: int
+    at: datetime
+    cost: SaveCost
 
 
 @dataclass
@@ -92,8 +139,10 @@ class _Log:
 
     start: Event | None = None
     ended: str | None = None
+    last_at: str = ""
     events: list[Event] = field(default_factory=list)
-    by_step: dict[int, dict[str, float]] = field(default_factory=dict)
+    saves: list[Event] = field(default_factory=list)
+    by_step: dict[int, Mapping[str, float]] = field(default_factory=dict)
     seen: set[int] = field(default_factory=set)
 
     def add(self, event: Event) -> None:
@@ -102,13 +151,18 @@ class _Log:
             return
         if event.row:
             self.seen.add(event.row)
+        self.last_at = event.at
         if event.event == "start":
             self.start = event
         elif event.event == "end":
             self.ended = event.how
+        elif event.event == "save":
+            self.saves.append(event)
         elif event.event == "log":
             self.events.append(event)
-            self.by_step.setdefault(event.step, {}).update(join_metrics(event.metrics, event.nonfinite))
+            values = view_metrics(event.metrics, event.nonfinite)
+            before = self.by_step.get(event.step)
+            self.by_step[event.step] = values if before is None else {**before, **values}
 
 
 @dataclass(frozen=True)
@@ -141,6 +195,21 @@ class History:
         """The rows that led to where the run is now: nothing twice, nothing abandoned, in the order of training."""
         return [row for row in self.all_rows if not row.abandoned]
 
+    @functools.cached_property
+    def saves(self) -> tuple[Save, ...]:
+        """What each save has cost, in the order of the commits; runs of older versions of highcamp have noted none."""
+        return tuple(
+            Save(number, event.checkpoint, event.step, event.epoch, parse_time(event.at), event.cost)
+            for number in sorted(self._logs)
+            for event in self._logs[number].saves
+            if event.checkpoint is not None and event.cost is not None
+        )
+
+    def save_of(self, checkpoint: str, attempt: int) -> Save | None:
+        """What the save of a checkpoint has cost; None if that is not known. attempt: the one that wrote it."""
+        found = (save for save in reversed(self.saves) if (save.checkpoint, save.attempt) == (checkpoint, attempt))
+        return next(found, None)
+
     @property
     def metrics(self) -> list[str]:
         """The names of all metrics, in the order in which they first appeared."""
@@ -157,21 +226,21 @@ class History:
             merged[row.epoch] = Row(row.attempt, row.step, row.epoch, values, row.at)
         return [merged[epoch] for epoch in sorted(merged)]
 
-    def at_checkpoint(self, name: str, attempt: int, step: int, *, until: int | None = None) -> dict[str, float]:
+    def at_checkpoint(self, name: str, attempt: int, step: int, *, until: int | None = None) -> Mapping[str, float]:
         """What was measured on the state of a checkpoint, by rows of its own step.
 
         They are its own attempt's, those of an attempt that resumed from it, and those that a later attempt logged for a
         step behind it. until: the attempt that has committed that step anew, to whose checkpoint later ones belong.
         """
         own = self._logs.get(attempt)
-        found = dict(own.by_step.get(step, {})) if own else {}
+        found = own.by_step.get(step, _NOTHING) if own else _NOTHING
         for number in self._logged_at.get(step, ()):
             start = self._logs[number].start
             if number <= attempt or start is None:
                 continue
             is_behind = start.step > step and (until is None or number < until)
             if start.resumed_from == name or is_behind:
-                found.update(self._logs[number].by_step[step])
+                found = {**found, **self._logs[number].by_step[step]}
         return found
 
     @functools.cached_property
@@ -219,8 +288,10 @@ class HistoryReader:
         decoder = msgspec.json.Decoder(Event)
         whole = data.rfind(b"\n") + 1
         for line in bytes(data[:whole]).split(b"\n"):
-            with contextlib.suppress(msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
-                log.add(decoder.decode(line))  # torn, or written by a newer version: the other rows still count
+            try:
+                log.add(decoder.decode(line))
+            except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
+                continue  # torn, or written by a newer version: the other rows still count
         return begin + whole
 
 
@@ -230,7 +301,7 @@ def _attempt(number: int, log: _Log) -> Attempt | None:
         return None
     return Attempt(
         number, parse_time(start.at), start.resumed_from, start.step, start.epoch, start.batch, log.ended, start.host,
-        start.pid,
+        start.pid, parse_time(log.last_at),
     )  # fmt: skip
 
 
@@ -259,6 +330,24 @@ def log_event(step: int, epoch: int, metrics: Mapping[str, float], at: datetime,
     return Event(
         event="log", at=format_time(at), step=step, epoch=epoch, batch=batch, metrics=finite, nonfinite=nonfinite
     )
+
+
+def save_event(checkpoint: str, step: int, epoch: int, cost: SaveCost, at: datetime) -> Event:
+    """The line for a save that is committed."""
+    return Event(event="save", at=format_time(at), step=step, epoch=epoch, checkpoint=checkpoint, cost=cost)
+
+
+def total_cost(costs: Iterable[SaveCost]) -> SaveCost:
+    """Several saves as if they were one: every figure is the sum."""
+    fields = msgspec.structs.fields(SaveCost)
+    known = list(costs)
+    return SaveCost(**{each.name: sum(getattr(cost, each.name) for cost in known) for each in fields})
+
+
+def _ratio(amount: float, seconds: float) -> float | None:
+    """One by the other where that is a number."""
+    ratio = amount / seconds if seconds > 0 else math.inf
+    return ratio if math.isfinite(ratio) else None
 
 
 def format_time(at: datetime) -> str:

@@ -1,4 +1,4 @@
-"""Live objects: what their state is, whether a saved state fits, and how it gets back in.
+"""Live objects: what their state is, as a tree of arrays and plain values; and a state that is passed, back and forth.
 
 Here is the one door to the framework modules: an object or array of PyTorch, JAX or Keras is handed to the module that
 bears its framework's name, which is imported only then, so only where the framework is in use already.
@@ -9,20 +9,23 @@ from __future__ import annotations
 import functools
 import random
 import sys
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from highcamp.core.array import HostArray
 from highcamp.core.names import is_file_name
-from highcamp.core.tree import differences, fill, flatten, names, unflatten
-from highcamp.errors import HighcampError, InvalidState, Mismatch, MissingExtra
+from highcamp.core.tree import fill, flatten
+from highcamp.errors import InvalidState, Mismatch, MissingExtra
+from highcamp.run import tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Hashable, Iterable, Iterator
     from pathlib import Path
 
     from highcamp.core.array import Spec
-    from highcamp.core.tree import Flat
+    from highcamp.core.tree import AsArray, Flat
+    from highcamp.run.tensors import Saved
 
 
 class Framework(Protocol):
@@ -56,22 +59,6 @@ class Framework(Protocol):
         """The reverse of `random_state`."""
 
 
-@dataclass(frozen=True)
-class Saved:
-    """The saved state of one object.
-
-    skeleton: its tree. tensors: by their names. kinds: the framework whose array a tensor was, by its name.
-    """
-
-    skeleton: Any
-    tensors: dict[str, HostArray] = field(repr=False)
-    kinds: Mapping[str, str] = field(default_factory=dict, repr=False)
-
-    def specs(self) -> dict[str, Spec]:
-        """Data type and shape of every tensor by path, tied ones under each of their paths."""
-        return {path: self.tensors[name].spec for path, name in names(self.skeleton).items()}
-
-
 def loaded_frameworks() -> list[str]:
     """The supported frameworks that this process has imported already."""
     return [name for name in ("torch", "jax", "keras") if name in sys.modules]
@@ -89,6 +76,7 @@ def framework(name: str) -> Any:
         ) from error
 
 
+@functools.cache  # an import statement takes longer than all else that is done for a tensor
 def _import(name: str) -> Any:
     if name == "torch":
         from highcamp import torch as module
@@ -102,7 +90,8 @@ def _import(name: str) -> Any:
 _ROOTS = {"torch": "torch", "torchdata": "torch", "jax": "jax", "jaxlib": "jax", "keras": "keras"}
 
 
-def _frameworks_of(obj: object) -> tuple[str, ...]:
+def frameworks_of(obj: object) -> tuple[str, ...]:
+    """The frameworks that an object or array belongs to, the one that knows most of it first."""
     return _roots(type(obj))  # type: ignore[arg-type]  # a type can be hashed whatever its instances do
 
 
@@ -118,23 +107,30 @@ def as_array(leaf: object) -> HostArray | None:
     numpy = sys.modules.get("numpy")
     if numpy is not None and isinstance(leaf, numpy.ndarray):
         return HostArray.from_numpy(leaf, tie=(leaf.ctypes.data, leaf.strides) if leaf.size else None)
-    for name in _frameworks_of(leaf):
+    for name in frameworks_of(leaf):
         array: HostArray | None = framework(name).to_host(leaf)
         if array is not None:
             return array
     return None
 
 
-def capture(name: str, obj: object) -> Flat:
+def capture(name: str, obj: object, as_array: AsArray = as_array) -> Flat:
     """The state of a tracked object as a skeleton and arrays; the arrays may be views of live memory.
 
-    Raises InvalidState, with the path, for a value that files cannot hold, or if the object has no state to capture.
+    as_array: turns its leaves into arrays, for callers that remember them. Raises InvalidState, with the path, for a value
+    that files cannot hold, or if the object has no state to capture.
     """
-    return flatten(_tree(name, obj), as_array, where=name)
+    return replace(flatten(_tree(name, obj), as_array, where=name), weights=is_weights(obj))
+
+
+def is_weights(obj: object) -> bool:
+    """Whether a tracked object is a model; an optimizer, a loader, a dict of whatever is none."""
+    # Of JAX are only states that are passed: their parts are told by their names.
+    return any(framework(name).is_weights(obj) for name in frameworks_of(obj) if name != "jax")
 
 
 def _tree(name: str, obj: object) -> object:
-    for framework_name in _frameworks_of(obj):
+    for framework_name in frameworks_of(obj):
         tree = framework(framework_name).capture(obj)
         if tree is not None:
             return tree
@@ -145,11 +141,48 @@ def _tree(name: str, obj: object) -> object:
         return {"bit_generator": obj.bit_generator.state}
     if numpy is not None and isinstance(obj, numpy.random.RandomState):
         return {"legacy": obj.get_state(legacy=False)}
-    if _is_stateful(obj):
+    if is_stateful(obj):
         return cast("Any", obj).state_dict()
     if isinstance(obj, dict | list) or (numpy is not None and isinstance(obj, numpy.ndarray)):
         return obj
     raise _no_state(name, obj)
+
+
+def place_of(kind: type) -> Callable[[Any], Hashable] | None:
+    """For tensors of a type: what tells where their bytes lie, and how; as long as it is equal, so is the array. Else None."""
+    if "torch" not in _roots(kind):
+        return None
+    found: Callable[[Any], Hashable] = framework("torch").place
+    return found
+
+
+def owned(optimizer: object) -> Iterable[object]:
+    """The tensors that an optimizer writes to in its step: its parameters and its state."""
+    tensors: Iterable[object] = framework("torch").owned(optimizer)
+    return tensors
+
+
+def before_step(obj: object, call: Callable[[], None]) -> Callable[[], None] | None:
+    """Have `call` called before each step of an optimizer; returns what ends that, None if `obj` is no such optimizer."""
+    if not _is_torchs(obj):
+        return None
+    remove: Callable[[], None] | None = framework("torch").before_step(obj, call)
+    return remove
+
+
+def pin(view: memoryview) -> Callable[[], None] | None:
+    """Have a framework whose device is in use copy to this memory at full rate; returns what ends that, or None."""
+    return framework("torch").pin(view) if "torch" in sys.modules else None
+
+
+def writes(tensor: object) -> int:
+    """A count that grows with the writes to a tensor that its framework notices."""
+    count: int = framework("torch").writes(tensor)
+    return count
+
+
+def _is_torchs(obj: object) -> bool:
+    return "torch" in frameworks_of(obj)
 
 
 def check_trackable(name: str, obj: object) -> None:
@@ -158,7 +191,7 @@ def check_trackable(name: str, obj: object) -> None:
     kinds: tuple[type, ...] = (random.Random, dict, list)
     if numpy is not None:
         kinds += (numpy.ndarray, numpy.random.Generator, numpy.random.RandomState)
-    if not (_frameworks_of(obj) or _is_stateful(obj) or isinstance(obj, kinds)):
+    if not (frameworks_of(obj) or is_stateful(obj) or isinstance(obj, kinds)):
         raise _no_state(name, obj)
 
 
@@ -170,130 +203,9 @@ def _no_state(name: str, obj: object) -> InvalidState:
     )
 
 
-def _is_stateful(obj: object) -> bool:
+def is_stateful(obj: object) -> bool:
+    """Whether it has a state in the manner of PyTorch."""
     return callable(getattr(obj, "state_dict", None)) and callable(getattr(obj, "load_state_dict", None))
-
-
-def restore_objects(pairs: Mapping[str, tuple[object, Saved]], *, where: str) -> None:
-    """Put saved states into live objects, after all of them have been compared: name -> (object, its saved state).
-
-    Raises Mismatch listing every difference; then nothing has been changed.
-    """
-    problems: list[str] = []
-    trees: dict[str, object] = {}
-    for name, (obj, saved) in pairs.items():
-        check_trackable(name, obj)
-        trees[name] = unflatten(saved.skeleton, _rebuild(obj, saved))
-        problems += [f"{name}/{line}" for line in _differences(name, obj, saved, trees[name])]
-    if problems:
-        raise mismatch(problems, where)
-    for name, (obj, _) in pairs.items():
-        try:
-            _put(obj, trees[name])
-        except HighcampError:
-            raise
-        except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
-            raise Mismatch(
-                f"{where}: {name} refused its saved state: {error}",
-                path=where,
-                hint=f"objects before {name} have been restored already; build the objects as they were when it was saved",
-            ) from error
-
-
-def mismatch(problems: list[str], where: str) -> Mismatch:
-    """The error that lists every difference between a checkpoint and the live objects."""
-    lines = "".join(f"\n  {line}" for line in problems)
-    return Mismatch(
-        f"{where} does not fit ({len(problems)} differences, nothing was changed):{lines}\n",
-        path=where,
-        hint="build the objects as they were when it was saved, or use another directory",
-    )
-
-
-def _rebuild(obj: object, saved: Saved) -> Any:
-    """How the tensors of `obj` come back: as arrays of its framework, or of the one each was; tied ones are one array."""
-    roots = _frameworks_of(obj)
-    loaded = loaded_frameworks()
-    built: dict[str, object] = {}
-
-    def leaf(name: str) -> object:
-        if name not in built:
-            array = saved.tensors[name]
-            kind = roots[0] if roots else saved.kinds.get(name, "")
-            built[name] = framework(kind).from_host(array, None) if kind in loaded else array.numpy()
-        return built[name]
-
-    return leaf
-
-
-def _differences(name: str, obj: object, saved: Saved, tree: object) -> list[str]:
-    problems: list[str] = []
-    for framework_name in _frameworks_of(obj):
-        module = framework(framework_name)
-        template = module.template(obj)
-        if template is not None:
-            problems += _compare(name, template, saved)
-        problems += module.check(obj, tree)
-        return problems
-    numpy = sys.modules.get("numpy")
-    if isinstance(obj, dict | list) or (numpy is not None and isinstance(obj, numpy.ndarray)):
-        problems += _compare(name, obj, saved)
-    return problems
-
-
-def _compare(name: str, template: object, saved: Saved) -> list[str]:
-    flat = flatten(template, as_array, where=name)
-    live = {path: flat.arrays[entry].spec for path, entry in names(flat.skeleton).items()}
-    return differences(saved.specs(), live)
-
-
-def _put(obj: object, tree: Any) -> None:
-    for framework_name in _frameworks_of(obj):
-        framework(framework_name).restore(obj, tree)
-        return
-    numpy = sys.modules.get("numpy")
-    if isinstance(obj, random.Random):
-        set_python_random_state(obj, tree)
-    elif numpy is not None and isinstance(obj, numpy.random.Generator):
-        obj.bit_generator.state = tree["bit_generator"]
-    elif numpy is not None and isinstance(obj, numpy.random.RandomState):
-        obj.set_state(tree["legacy"])
-    elif _is_stateful(obj):
-        cast("Any", obj).load_state_dict(tree)
-    else:
-        _put_in_place(obj, tree)
-
-
-def _put_in_place(live: Any, saved: Any) -> None:
-    """Containers of arrays: arrays that can keep their identity and take the saved bytes, all else is replaced."""
-    numpy = sys.modules["numpy"]
-    if isinstance(live, numpy.ndarray):
-        live[...] = saved
-        return
-    if _is_torch_tensor(live):
-        framework("torch").assign(live, saved)
-        return
-    if isinstance(live, dict):
-        for key in [key for key in live if key not in saved]:
-            del live[key]
-        places = list(saved)
-    else:
-        live[len(saved) :] = []
-        live += saved[len(live) :]
-        places = list(range(len(saved)))
-    for key in places:
-        before = live.get(key) if isinstance(live, dict) else live[key]
-        saved_one = saved[key]
-        is_container = isinstance(before, dict | list | numpy.ndarray) and type(before) is type(saved_one)
-        if is_container or (_is_torch_tensor(before) and _is_torch_tensor(saved_one)):
-            _put_in_place(before, saved[key])
-        else:
-            live[key] = saved[key]
-
-
-def _is_torch_tensor(value: object) -> bool:
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(value, torch.Tensor)
 
 
 def python_random_state(generator: random.Random | None = None) -> object:
@@ -313,32 +225,116 @@ def set_python_random_state(generator: random.Random | None, tree: Any) -> None:
         generator.setstate(state)
 
 
-def capture_state(state: object) -> dict[str, Flat]:
+def mismatch(problems: list[str], where: str) -> Mismatch:
+    """The error that lists every difference between a checkpoint and the live objects."""
+    lines = "".join(f"\n  {line}" for line in problems)
+    return Mismatch(
+        f"{where} does not fit ({len(problems)} differences, nothing was changed):{lines}\n",
+        path=where,
+        hint="build the objects as they were when it was saved, or use another directory",
+    )
+
+
+def capture_state(state: object, as_array: AsArray = as_array) -> dict[str, Flat]:
     """A passed state as objects: the parts of a dict, or one object named "state". Raises InvalidState."""
-    return {name: flatten(part, as_array, where=name) for name, part in _parts(_plain(state)).items()}
+    flats = {name: flatten(part, as_array, where=name) for name, part in _parts(_plain(state)).items()}
+    return {name: replace(flat, weights=is_name_of_weights(name)) for name, flat in flats.items()}
+
+
+NAMES_OF_WEIGHTS = frozenset({"params", "model", "variables", "weights", "batch_stats", "ema"})
+"""What Flax, Keras, Orbax and their examples call the part of a passed state that a prediction is made from."""
+
+
+def is_name_of_weights(name: str) -> bool:
+    """Whether a part of a passed state is weights; nothing but its name tells."""
+    return name in NAMES_OF_WEIGHTS or name.startswith("ema_") or name.endswith("_ema")
 
 
 def fill_state(like: object, saved: Callable[[str], Saved], objects: Iterable[str], *, where: str) -> Any:
-    """The reverse: a tree with the structure of `like`. saved: gives the saved state of one of `objects`.
+    """The reverse: a new tree with the structure of `like`. saved: gives the saved state of one of `objects`.
 
-    Raises Mismatch listing every difference.
+    Raises Mismatch listing every difference, Damaged.
     """
     plain = _plain(like)
     parts = _parts(plain)
     problems = [f"{name}: only in the checkpoint" for name in objects if name not in parts]
     problems += [f"{name}: only here" for name in parts if name not in objects]
     found = {name: saved(name) for name in parts if name in objects}
-    filled: dict[str, object] = {}
+    leaves: dict[str, list[tuple[str, object]]] = {}
     for name, entry in found.items():
-        specs = {key: array.spec for key, array in entry.tensors.items()}
         try:
-            filled[name] = fill(parts[name], entry.skeleton, _leaf_like(entry), as_array, specs=specs)
+            leaves[name] = _leaves(parts[name], entry)
         except Mismatch as error:
             problems += [f"{name}/{line.strip()}" for line in error.message.splitlines()[1:] if line.strip()]
     if problems:
+        for entry in found.values():
+            entry.verify()  # a difference that is due to an altered file is damage
         raise mismatch(problems, where)
-    whole = {name: filled[name] for name in parts} if _is_dict_of_parts(plain) else filled[WHOLE]
+    filled = {name: _filled(part, found[name], leaves[name]) for name, part in parts.items()}
+    whole = filled if _is_dict_of_parts(plain) else filled[WHOLE]
     return framework("jax").from_tree(whole, like) if _is_jax_state(like) else whole
+
+
+def _leaves(like: object, saved: Saved) -> list[tuple[str, object]]:
+    """For each place in the tree (tensor name, live leaf). Raises Mismatch."""
+    found: list[tuple[str, object]] = []
+    fill(like, saved.skeleton, lambda name, leaf: found.append((name, leaf)), as_array, specs=saved.specs)
+    return found
+
+
+def _filled(like: object, saved: Saved, leaves: list[tuple[str, object]]) -> object:
+    """A new tree with the structure of `like`, its tensors read and verified."""
+    arrays = _arrays_like(leaves, saved)
+    return fill(like, saved.skeleton, lambda *_: next(arrays), as_array, specs=saved.specs)
+
+
+def _arrays_like(leaves: list[tuple[str, object]], saved: Saved) -> Iterator[object]:
+    """For each (tensor name, live leaf) the saved tensor as an array of the leaf's kind; leaves that are tied stay tied."""
+    specs = saved.specs
+    count = Counter(name for name, _ in leaves)
+    made: dict[tuple[str, Hashable], tuple[str, Any, memoryview]] = {}
+    keys = []
+    for at, (name, like) in enumerate(leaves):
+        tie = as_array(like) if count[name] > 1 else None
+        key = (name, at if tie is None or tie.tie is None else tie.tie)
+        if key not in made:
+            kind = (*frameworks_of(like), "")[0]
+            made[key] = (kind, *fresh(kind, specs[name]))
+        keys.append(key)
+    _read(saved, [(name, memory) for (name, _), (_, _, memory) in made.items()])
+    left = Counter(keys)
+    for key, (_, like) in zip(keys, leaves, strict=True):
+        left[key] -= 1
+        kind, array, _ = made[key] if left[key] else made.pop(key)  # one that is copied once more is let go of at once
+        yield adopt(kind, array, like)
+
+
+def _read(saved: Saved, places: list[tuple[str, memoryview]]) -> None:
+    """Read the tensors into their first place each, and copy them into the others."""
+    first = dict(reversed(places))
+    saved.read(first)
+    for name, memory in places:
+        if memory is not first[name]:
+            memory[:] = first[name]
+
+
+def fresh(kind: str, spec: Spec) -> tuple[Any, memoryview]:
+    """An array whose bytes are still to be set, for `adopt`, and its memory. kind: its framework, "" for NumPy."""
+    if kind == "torch":
+        made: tuple[Any, memoryview] = framework("torch").fresh(*spec)
+        return made
+    array = tensors.fresh(*spec)
+    return array, array.data
+
+
+def adopt(kind: str, array: Any, like: object | None) -> object:
+    """What `fresh` has made and somebody has filled, as an array of its framework, placed like `like`.
+
+    Its memory is taken over, except by JAX, and for devices that have their own.
+    """
+    if not isinstance(array, HostArray):
+        return framework(kind).adopt(array, like)
+    return framework(kind).from_host(array, like) if kind else array.numpy()
 
 
 WHOLE = "state"
@@ -367,17 +363,6 @@ def _is_dict_of_parts(state: object) -> bool:
         and len({name.lower() for name in state}) == len(state)
         and not any(as_array(part) is not None for part in state.values())
     )
-
-
-def _leaf_like(saved: Saved) -> Callable[[str, object], object]:
-    """A tensor as an array of the kind of the live one in its place."""
-
-    def leaf(name: str, like: object) -> object:
-        roots = _frameworks_of(like)
-        array = saved.tensors[name]
-        return framework(roots[0]).from_host(array, like) if roots else array.numpy()
-
-    return leaf
 
 
 def arrays_of(name: str, tree: Any) -> Any:

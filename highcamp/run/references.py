@@ -7,6 +7,7 @@ import re
 from typing import TYPE_CHECKING
 
 from highcamp.errors import CheckpointNotFound
+from highcamp.run.verify import is_full_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -33,10 +34,12 @@ def resolve(
     """
     found: Checkpoint | None = None
     if match := _RANKED.match(reference):
-        found = first_whole(ranked if match[1] == "best" else reversed(checkpoints), skip=int(match[2] or 0))
+        resumable = [entry for entry in checkpoints if not entry.manifest.is_weights_only]
+        found = first_whole(ranked if match[1] == "best" else reversed(resumable), skip=int(match[2] or 0))
     elif match := _COUNTED.match(reference):
         fitting = [entry for entry in checkpoints if getattr(entry, match[1]) == int(match[2])]
-        found = fitting[-1] if fitting else None
+        # Of a state that is there whole as well as its weights alone, the whole one.
+        found = max(fitting, key=lambda entry: (entry.manifest.order[:2], -entry.sequence), default=None)
     else:
         name = pins.get(reference.removeprefix("pin:")) if reference.startswith("pin:") else reference
         found = next((entry for entry in checkpoints if entry.name == name), None)
@@ -49,7 +52,7 @@ def resolve(
 
 def first_whole(checkpoints: Iterable[Checkpoint], skip: int = 0) -> Checkpoint | None:
     """The first checkpoint whose files are there in their full size, `skip` such ones passed over."""
-    whole = (entry for entry in checkpoints if entry.verify(quick=True).is_whole)
+    whole = (entry for entry in checkpoints if is_full_size(entry))
     return next(itertools.islice(whole, skip, None), None)
 
 
@@ -60,7 +63,8 @@ def _candidates(
         return "it has no checkpoints yet"
     names = [entry.name for entry in checkpoints[-5:]]
     more = f" and {len(checkpoints) - 5} older ones" if len(checkpoints) > len(names) else ""
-    words = (["best"] if ranked else []) + ["last", *(f"pin:{pin}" for pin in pins)]
+    last = [] if all(entry.manifest.is_weights_only for entry in checkpoints) else ["last"]
+    words = (["best"] if ranked else []) + [*last, *(f"pin:{pin}" for pin in pins)]
     no_best = "" if ranked else f"; there is no best, because {_why_no_best(checkpoints, monitor)}"
     return f"there are {', '.join(words)}, {', '.join(names)}{more}{no_best}"
 

@@ -10,15 +10,15 @@ from highcamp.core import strict
 from highcamp.core.names import check_name, is_file_name
 from highcamp.errors import CheckpointNotFound, Damaged, Refused, RunNotFound
 from highcamp.policy import retention
-from highcamp.policy.candidate import Candidate
 from highcamp.run import commit, verify
+from highcamp.run.candidates import candidate, candidate_of, completed
 from highcamp.run.history import History, HistoryReader, attempt_numbers, format_time, parse_time
 from highcamp.run.references import first_whole, resolve
 from highcamp.run.settings import Settings, read_settings
 from highcamp.storage.store import open_store
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
+    from collections.abc import Collection, Iterator, Mapping
     from pathlib import Path
 
     from highcamp.core.manifest import Manifest
@@ -126,17 +126,8 @@ class Run:
         """All readable checkpoints in (step, sequence) order, metrics completed by the history."""
         from highcamp.run.checkpoint import Checkpoint
 
-        history = self.history
-        found = []
-        readable = sorted(self._readable()[0], key=lambda pair: pair[1].order)
-        for place, (name, manifest) in enumerate(readable):
-            newer = readable[place + 1][1] if place + 1 < len(readable) else None
-            until = newer.attempt if newer is not None and newer.step == manifest.step else None
-            later = history.at_checkpoint(name, manifest.attempt, manifest.step, until=until)
-            # Completed, not replaced: another checkpoint of the same step has rows of its own in that place.
-            metrics = manifest.values | {key: value for key, value in later.items() if key not in manifest.metrics}
-            found.append(Checkpoint(name, manifest, metrics, store=self.store))
-        return found
+        store = self.store
+        return [Checkpoint(name, manifest, {**metrics}, store=store) for name, manifest, metrics in self._committed()]
 
     @property
     def unreadable(self) -> list[tuple[str, str]]:
@@ -146,12 +137,21 @@ class Run:
     @property
     def best(self) -> Checkpoint | None:
         """The best-ranked whole checkpoint; None if none has a finite value of the monitored metric."""
-        return first_whole(self.rank())
+        monitor = self.monitor
+        if monitor is None:
+            return None
+        found = {facts[0]: facts for facts in self._committed()}
+        ranking = monitor.ranking([candidate(*facts) for facts in found.values()])
+        return first_whole(self._checkpoint(*found[each.name]) for each in ranking)
 
     @property
     def last(self) -> Checkpoint | None:
-        """The newest checkpoint by (step, sequence) whose files are there in their full size."""
-        return first_whole(reversed(self.checkpoints))
+        """The newest checkpoint by (step, sequence) whose files are there in their full size, weights alone left aside.
+
+        It is what training resumes from; None where there is nothing to resume from.
+        """
+        resumable = (facts for facts in reversed(self._committed()) if not facts[1].is_weights_only)
+        return first_whole(self._checkpoint(*facts) for facts in resumable)
 
     def rank(self, monitor: Monitor | None = None, checkpoints: list[Checkpoint] | None = None) -> list[Checkpoint]:
         """The checkpoints that have a finite value of the monitored metric, best first.
@@ -162,9 +162,7 @@ class Run:
         if monitor is None:
             return []
         by_name = {entry.name: entry for entry in (self.checkpoints if checkpoints is None else checkpoints)}
-        return [
-            by_name[candidate.name] for candidate in monitor.rank([_candidate(entry) for entry in by_name.values()])
-        ]
+        return [by_name[each.name] for each in monitor.ranking(map(candidate_of, by_name.values()))]
 
     def checkpoint(self, reference: str) -> Checkpoint:
         """The checkpoint that `reference` means: best, best~1, last, last~2, step:450, epoch:45, pin:paper, or a name.
@@ -195,27 +193,61 @@ class Run:
         damaged: names known to be damaged; they fill no quota and are not removed.
         """
         checkpoints = self.checkpoints
-        short = {entry.name for entry in checkpoints if not entry.verify(quick=True).is_whole}
+        short = {entry.name for entry in checkpoints if not verify.is_full_size(entry)}
         return retention.plan(
             keep or self.keep,
             monitor or self.monitor,
-            [_candidate(entry) for entry in checkpoints],
+            map(candidate_of, checkpoints),
             pins=self.pins,
             resumed_from=self.resumed_from,
             damaged=short | set(damaged),
+        )
+
+    def doomed(
+        self, keep: Keep | None = None, *, monitor: Monitor | None = None, damaged: Collection[str] = ()
+    ) -> Plan:
+        """A plan that removes and strips what `plan` would, made with few looks at files: for pruning after each save."""
+        checkpoints = {entry.name: entry for entry in self.checkpoints}
+        return retention.doomed(
+            keep or self.keep,
+            monitor or self.monitor,
+            map(candidate_of, checkpoints.values()),
+            pins=self.pins,
+            resumed_from=self.resumed_from,
+            damaged=damaged,
+            is_whole=lambda name: verify.is_full_size(checkpoints[name]),
         )
 
     def prune(self, keep: Keep | None = None, *, dry_run: bool = False) -> Plan:
         """Move to the trash what `keep` (the run's own by default) does not keep, and return the plan that was followed.
 
         The best, the last, the one resumed from, pinned ones and the only whole one always stay. `undelete` brings back.
+        Where weights are taken from a checkpoint before it goes, a new one is written: raises RunLocked if another process
+        writes to the run.
         """
         plan = self.plan(keep)
-        if not dry_run and plan.remove:
-            self._require_settings()
-            self.check_survivors(plan.remove)
-            for name in plan.remove:
-                self.withdraw_unpinned(name)
+        if dry_run or not (plan.remove or plan.strip):
+            return plan
+        self._require_settings()
+        if not plan.strip:
+            return self._follow(plan)
+        from highcamp.run import weights
+
+        with weights.holding(self.store):
+            return self._follow(self.plan(keep))
+
+    def _follow(self, plan: Plan) -> Plan:
+        from highcamp.run import weights
+
+        self.check_survivors([*plan.remove, *plan.strip])
+        for name in plan.remove:
+            self.withdraw_unpinned(name)
+        checkpoints = self.checkpoints
+        sequence = max((entry.sequence for entry in checkpoints), default=0)
+        for entry in [entry for entry in checkpoints if entry.name in plan.strip]:
+            sequence += 1
+            weights.take(entry, sequence)
+            self.withdraw_unpinned(entry.name)
         return plan
 
     def check_survivors(self, doomed: Collection[str], *, damaged: Collection[str] = ()) -> None:
@@ -224,7 +256,7 @@ class Run:
         What would be the only one is read and compared with its digests, the others by their sizes.
         """
         left = [entry for entry in self.checkpoints if entry.name not in doomed and entry.name not in damaged]
-        if not any(entry.verify(quick=len(left) > 1).is_whole for entry in left):
+        if not any(verify.is_full_size(entry) if len(left) > 1 else entry.verify().is_whole for entry in left):
             names = ", ".join(entry.name for entry in left) or "no checkpoint"
             raise Damaged(
                 f"nothing was removed: {names} would be all that is left, and is not whole",
@@ -370,24 +402,23 @@ class Run:
 
         return draw(self, path, metric=metric)
 
+    def _checkpoint(self, name: str, manifest: Manifest, metrics: Mapping[str, float]) -> Checkpoint:
+        from highcamp.run.checkpoint import Checkpoint
+
+        return Checkpoint(name, manifest, {**metrics}, store=self.store)
+
+    def _committed(self) -> list[tuple[str, Manifest, Mapping[str, float]]]:
+        """All readable checkpoints in (step, sequence) order: (name, manifest, metrics completed by the history).
+
+        The metrics may be the manifest's own, so they are copied for whoever could change them.
+        """
+        return completed(self._readable()[0], self.history)
+
     def _readable(self) -> tuple[list[tuple[str, Manifest]], list[tuple[str, str]]]:
         """(name, manifest) of what can be read and is ours, and (name, why) of the rest."""
-        readable: list[tuple[str, Manifest]] = []
-        unreadable: list[tuple[str, str]] = []
-        remembered: dict[str, tuple[bytes, Manifest]] = {}
-        for name in commit.checkpoint_names(self.store):
-            try:
-                # Its bytes every time: the name of a checkpoint that was removed may be given to another one.
-                found = commit.read_manifest_bytes(self.store, name, self._manifests.get(name))
-            except Damaged as error:
-                unreadable.append((name, str(error)))
-                continue
-            if found is None:
-                unreadable.append((name, "it has no manifest, so it is no checkpoint"))
-                continue
-            remembered[name] = found
-            readable.append((name, found[1]))
-        self._manifests = remembered
+        found, unreadable = commit.read_manifests(self.store, self._manifests)
+        self._manifests = found
+        readable = [(name, manifest) for name, (_, manifest) in found.items()]
         try:
             settings = read_settings(self.store)
         except Damaged:
@@ -398,7 +429,3 @@ class Run:
             ]
             readable = [(n, m) for n, m in readable if m.run_id == settings.run_id]
         return readable, unreadable
-
-
-def _candidate(entry: Checkpoint) -> Candidate:
-    return Candidate(entry.name, entry.step, entry.sequence, entry.epoch, entry.metrics)

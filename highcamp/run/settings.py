@@ -30,19 +30,43 @@ class MonitorFacts(msgspec.Struct, frozen=True):
     min_delta: float = 0.0
 
 
+class PaceFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """How often `Every.auto` saves, and why; times are seconds.
+
+    overhead: the share of time that saving may cost. steps, seconds: from save to save. because: what decided, one of
+    `highcamp.policy.pace.Because`. step_seconds, cost_seconds, durable_seconds, new_bytes: as measured, see
+    `highcamp.policy.pace.Measured`. share: what saving has cost lately. expected_loss_seconds: what a crash costs on average.
+    optimal_seconds: the interval of Young and Daly for failures that are failure_seconds apart.
+    """
+
+    overhead: float
+    steps: int
+    seconds: float
+    because: str
+    step_seconds: float
+    cost_seconds: float
+    durable_seconds: float
+    new_bytes: int
+    share: float | None = None
+    expected_loss_seconds: float
+    optimal_seconds: float
+    failure_seconds: float
+
+
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """The content of `run.json`.
 
-    monitor, keep: as given to the last Checkpointer. every: its cadence, in words. epochs_planned: the `n` of the last
-    `epochs(n)`. tracked: the names of the tracked objects.
+    monitor, keep: as given to the last Checkpointer. every: its cadence, in words. pace: what `Every.auto` has chosen, None
+    for another cadence. epochs_planned: the `n` of the last `epochs(n)`. tracked: the names of the tracked objects.
     """
 
     format: int = FORMAT
     run_id: str
     created_at: str
     monitor: MonitorFacts | None = None
-    keep: dict[str, int] = {}
+    keep: dict[str, int | bool] = {}
     every: str = ""
+    pace: PaceFacts | None = None
     epochs_planned: int | None = None
     tracked: tuple[str, ...] = ()
 
@@ -54,12 +78,19 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     def keep_value(self) -> Keep:
         """The recorded Keep."""
-        return Keep(**self.keep)
+        return Keep(**self.keep)  # type: ignore[arg-type]  # its own checks tell a number from a flag
 
 
 def monitor_facts(monitor: Monitor | None) -> MonitorFacts | None:
     """A Monitor as JSON."""
     return None if monitor is None else MonitorFacts(monitor.metric, monitor.mode, monitor.min_delta)
+
+
+def keep_facts(keep: Keep) -> dict[str, int | bool]:
+    """A Keep as JSON: quotas always, the rest where it is asked for."""
+    facts = {"best": keep.best, "last": keep.last, "every_steps": keep.every_steps, "every_epochs": keep.every_epochs}
+    found: dict[str, int | bool] = {name: count for name, count in facts.items() if count is not None}
+    return {**found, "best_weights_only": True} if keep.best_weights_only else found
 
 
 def read_settings(store: Store) -> Settings | None:

@@ -1,13 +1,14 @@
 """PyTorch translation: tensors, modules, optimizers, schedulers, random state and loaders to plain trees and back.
 
 Nothing is decided and nothing is stored here. A *tree* is nested dicts, lists and plain values with tensors as leaves;
-in a tree given to `check` or `restore` the leaves are tensors made by `from_host`.
+in a tree given to `check` or `restore` the leaves are tensors made by `fresh`, or live ones that have taken the saved bytes.
 
-Loaders are in `loaders`.
+Loaders are in `loaders`, the memory that a saved state is read into is in `restoring`.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,8 +17,10 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.data import DataLoader
 
-from highcamp.core.array import HostArray
+from highcamp.core.array import DistantArray, HostArray
 from highcamp.errors import InvalidState, Mismatch
+from highcamp.torch.device import pin
+from highcamp.torch.dtypes import DTYPES as _DTYPES
 from highcamp.torch.loaders import (
     Tree,
     loader_differences,
@@ -27,37 +30,38 @@ from highcamp.torch.loaders import (
     restore_loader,
     resume_iter,
 )
+from highcamp.torch.memory import bring, memory_of, place
+from highcamp.torch.restoring import adopt, assign, destinations, fresh, from_host, lying, restore_optimizer
+from highcamp.torch.stepping import before_step, live_state, owned, writes
 
 __all__ = [
+    "adopt",
     "assign",
+    "before_step",
     "capture",
     "check",
+    "destinations",
     "export",
+    "fresh",
     "from_host",
+    "is_weights",
+    "lying",
     "order_state",
+    "owned",
+    "pin",
+    "place",
     "random_state",
     "restore",
     "resume_iter",
     "set_random_state",
     "template",
     "to_host",
+    "writes",
 ]
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Mapping
     from pathlib import Path
-
-_DTYPES: dict[torch.dtype, str] = {
-    getattr(torch, name): spelling
-    for name, spelling in {
-        "bool": "BOOL", "uint8": "U8", "int8": "I8", "int16": "I16", "uint16": "U16", "int32": "I32", "uint32": "U32",
-        "int64": "I64", "uint64": "U64", "float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64",
-        "complex64": "C64", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e8m0fnu": "F8_E8M0",
-        "float8_e4m3fnuz": "F8_E4M3FNUZ", "float8_e5m2fnuz": "F8_E5M2FNUZ", "float4_e2m1fn_x2": "F4",
-    }.items()
-    if hasattr(torch, name)  # the last ones came with torch 2.7 and 2.8
-}  # fmt: skip
-_TORCH_DTYPES = {spelling: dtype for dtype, spelling in _DTYPES.items()}
 
 # What torch's own optimizers keep in the shape of the parameter; under any other name any shape may be kept.
 _PARAMETER_SHAPED = {
@@ -75,9 +79,9 @@ _SET_BY_SCHEDULERS = {"base_momentum", "initial_lr", "max_lr", "max_momentum", "
 def to_host(leaf: object) -> HostArray | None:
     """Return the bytes of a tensor, or None if `leaf` is no tensor.
 
-    For a contiguous CPU tensor the memory is its own, and writable; for any other (CUDA, MPS, strided views, lazily
-    conjugated or negated ones) a read-only copy. Tensors over the same memory in the same way have equal `tie`s.
-    `float4_e2m1fn_x2` holds two elements per byte: its last axis counts twice in `shape`.
+    For a contiguous CPU tensor the memory is its own, and writable; any other (CUDA, MPS, strided views, lazily conjugated
+    or negated ones) is a DistantArray, whose bytes are copied when they are asked for. Tensors over the same memory in the
+    same way have equal `tie`s. `float4_e2m1fn_x2` holds two elements per byte: its last axis counts twice in `shape`.
     Raises InvalidState for meta, sparse, quantized, lazy, sharded and wrapped tensors and for complex32 and complex128.
     """
     if not isinstance(leaf, torch.Tensor):
@@ -90,29 +94,13 @@ def to_host(leaf: object) -> HostArray | None:
         if tensor.numel():  # the memory of an empty one is nobody's, and its address the same for all
             memory = (str(tensor.device), tensor.untyped_storage().data_ptr(), tensor.storage_offset())
             tie = (*memory, shape, tensor.stride(), str(tensor.dtype), tensor.is_conj(), tensor.is_neg())
-        plain = tensor.cpu().resolve_conj().resolve_neg().contiguous()
-        is_copy = plain.data_ptr() != tensor.data_ptr()
-        # as_strided, not reshape: a contiguous tensor of one element may have any stride, which view() refuses
-        flat = plain.as_strided((plain.numel(),), (1,)).view(torch.uint8)
-        data = memoryview(flat.numpy())  # type: ignore[arg-type]  # an array is a buffer, its stubs do not say so
-    name = _DTYPES[tensor.dtype]
-    if name == "F4":
-        shape = (*shape[:-1], shape[-1] * 2)
-    return HostArray(name, shape, data.toreadonly() if is_copy else data, tie, "torch")
-
-
-def from_host(array: HostArray, like: object | None) -> torch.Tensor:
-    """Return a new tensor that owns its memory, on the device of `like`; a Parameter if `like` is one."""
-    dtype = _TORCH_DTYPES.get(array.dtype)
-    if dtype is None:
-        raise InvalidState(f"this torch has no dtype {array.dtype}", hint="read it without torch: checkpoint.load()")
-    flat = torch.empty(array.nbytes, dtype=torch.uint8)
-    memoryview(flat.numpy())[:] = array.data  # type: ignore[arg-type]
-    shape = array.shape if array.dtype != "F4" else (*array.shape[:-1], array.shape[-1] // 2)
-    tensor = flat.view(dtype).reshape(shape)
-    if isinstance(like, torch.Tensor):
-        tensor = tensor.to(like.device)
-    return torch.nn.Parameter(tensor, like.requires_grad) if isinstance(like, torch.nn.Parameter) else tensor
+        name = _DTYPES[tensor.dtype]
+        if name == "F4":
+            shape = (*shape[:-1], shape[-1] * 2)
+        is_still = isinstance(leaf, torch.nn.Parameter) and not leaf.requires_grad
+        if tensor.device.type != "cpu" or not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
+            return DistantArray(name, shape, partial(bring, tensor), tie, "torch", is_still=is_still)
+        return HostArray(name, shape, memory_of(tensor), tie, "torch", is_still)
 
 
 def _refuse_unstorable(tensor: torch.Tensor) -> None:
@@ -149,7 +137,7 @@ def capture(obj: object) -> Tree | None:
     """
     if isinstance(obj, torch.nn.Module):
         names = _names(obj)
-        return {_plain(name, names): value for name, value in obj.state_dict().items()}
+        return {_plain(name, names): value for name, value in live_state(obj).items()}
     if isinstance(obj, DataLoader):
         return loader_state(obj)
     if isinstance(obj, torch.Generator):
@@ -158,6 +146,11 @@ def capture(obj: object) -> Tree | None:
     if is_ours and hasattr(obj, "state_dict") and hasattr(obj, "load_state_dict"):
         return dict(obj.state_dict())
     return None
+
+
+def is_weights(obj: object) -> bool:
+    """Whether the state of an object is that of a model, so that it stays when only weights are kept."""
+    return isinstance(obj, torch.nn.Module)
 
 
 def template(obj: object) -> Tree | None:
@@ -201,7 +194,7 @@ def restore(obj: object, tree: Mapping[str, Any]) -> None:
         names = _names(obj)
         obj.load_state_dict({name: tree[_plain(name, names)] for name in obj.state_dict()})
     elif isinstance(obj, torch.optim.Optimizer):
-        _restore_optimizer(obj, tree)
+        restore_optimizer(obj, tree)
     elif isinstance(obj, DataLoader):
         restore_loader(obj, tree)
     elif isinstance(obj, torch.Generator):
@@ -238,8 +231,8 @@ def _module_differences(module: torch.nn.Module, tree: Mapping[str, Any]) -> lis
         are_tensors = isinstance(here, torch.Tensor) and isinstance(saved, torch.Tensor)
         if not are_tensors or torch.nn.parameter.is_lazy(here):
             continue  # extra state, which its module checks, or a shape that is still open
-        old, new = (f"{leaf.dtype} {tuple(leaf.shape)}" for leaf in (saved, here))
-        if old != new:
+        if (here.dtype, here.shape) != (saved.dtype, saved.shape):
+            old, new = (f"{leaf.dtype} {tuple(leaf.shape)}" for leaf in (saved, here))
             lines.append(f"{name}: {old} in the checkpoint, {new} here")
     return sorted(lines)
 
@@ -265,32 +258,6 @@ def _optimizer_differences(optimizer: torch.optim.Optimizer, tree: Mapping[str, 
             if found != shape:
                 lines.append(f"state/{key}/{name}: shape {found} in the checkpoint, the parameter has {shape}")
     return sorted(lines)
-
-
-def _restore_optimizer(optimizer: torch.optim.Optimizer, tree: Mapping[str, Any]) -> None:
-    old_groups = [dict(group) for group in optimizer.param_groups]
-    optimizer.load_state_dict(dict(tree))
-    ids = [key for group in tree["param_groups"] for key in group["params"]]
-    parameters = dict(zip(ids, (p for group in optimizer.param_groups for p in group["params"]), strict=True))
-    for key in parameters.keys() & tree["state"].keys():
-        optimizer.state[parameters[key]] = _uncast(optimizer.state[parameters[key]], tree["state"][key])
-    for old, new in zip(old_groups, optimizer.param_groups, strict=True):
-        for key, value in old.items():
-            saved_value = new.setdefault(key, value)
-            if key != "params" and isinstance(value, torch.Tensor) and isinstance(saved_value, torch.Tensor):
-                value.copy_(saved_value)  # a compiled or captured step holds this very tensor as its learning rate
-                new[key] = value
-
-
-def _uncast(loaded: Any, saved: Any) -> Any:
-    """Return the saved value on the device of the loaded one; what loading made of older states (`step`) stays."""
-    if isinstance(loaded, torch.Tensor):
-        return saved.to(loaded.device) if isinstance(saved, torch.Tensor) else loaded
-    if isinstance(loaded, dict) and isinstance(saved, dict):
-        return loaded | {key: _uncast(loaded.get(key), value) for key, value in saved.items()}
-    if isinstance(loaded, (list, tuple)) and type(loaded) is type(saved):
-        return type(saved)(_uncast(*pair) for pair in zip(loaded, saved, strict=True))
-    return saved
 
 
 def _scheduler_differences(live: Mapping[str, Any], saved: Mapping[str, Any], where: str) -> list[str]:
@@ -327,12 +294,6 @@ def set_random_state(tree: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state(state, index)
     if "mps" in tree:
         torch.mps.set_rng_state(tree["mps"])
-
-
-def assign(live: torch.Tensor, saved: torch.Tensor) -> None:
-    """Put the values of `saved` into `live`, which stays the same tensor."""
-    with torch.no_grad():
-        live.copy_(saved)
 
 
 def export(arrays: Mapping[str, HostArray], path: Path) -> None:
