@@ -14,6 +14,7 @@ from highcamp.core.manifest import split_metrics
 from highcamp.policy import retention
 from highcamp.policy.candidate import Candidate
 from highcamp.run import owner
+from highcamp.run.candidates import candidate_of
 from highcamp.run.history import format_time
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class Look:
     @cached_property
     def candidates(self) -> list[Candidate]:
         """The checkpoints as policies see them."""
-        return [Candidate(each.name, each.step, each.sequence, each.epoch, each.metrics) for each in self.checkpoints]
+        return [candidate_of(each) for each in self.checkpoints]
 
     @cached_property
     def ranked(self) -> list[Checkpoint]:
@@ -66,8 +67,9 @@ class Look:
 
     @cached_property
     def last(self) -> Checkpoint | None:
-        """The newest one whose files are there in their full size."""
-        return next((each for each in reversed(self.checkpoints) if self.checks[each.name].is_whole), None)
+        """The newest one whose files are there in their full size, weights alone left aside: what training resumes from."""
+        resumable = [each for each in self.checkpoints if not each.manifest.is_weights_only]
+        return next((each for each in reversed(resumable) if self.checks[each.name].is_whole), None)
 
     @cached_property
     def plan(self) -> retention.Plan:
@@ -173,6 +175,7 @@ class Look:
             "is_last": self.last is not None and entry.name == self.last.name,
             "kept_because": self.reasons(entry.name),
             "state": self.state(entry.name),
+            "weights_only": entry.manifest.is_weights_only,
         }
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from highcamp.cli.arguments import find_target, is_run, refer, runs_below, shown_path
-from highcamp.cli.look import look, metric_facts, monitor_facts, number_facts, ordered_metrics
+from highcamp.cli.look import COMMITTED, look, metric_facts, monitor_facts, number_facts, ordered_metrics
 from highcamp.cli.program import command
 from highcamp.cli.table import Column, Table
 from highcamp.cli.text import MISSING, age, count, exact, number, numbers, plain, size
@@ -33,6 +33,7 @@ _CONDITION = re.compile(
     r"\s*(?P<name>[^<>=!\s]+)\s*(?P<sign><=|>=|!=|==|=|<|>)\s*(?P<number>[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*\Z"
 )
 PLACES = ("step", "epoch", "size", "saved")
+WEIGHTS_ONLY = "weights only"
 FEW_METRICS = 3  # on a terminal, unless they are named: monitored, its counterpart, one more
 
 
@@ -137,7 +138,7 @@ def _print_checkpoints(
         Column(
             "KEPT BECAUSE", [", ".join(seen.reasons(each.name)) or "not pruned yet" for each in rows], flexible=True
         ),
-        Column("STATE", [seen.state(each.name) for each in rows], drop=5),  # what is damaged is said below in any case
+        Column("STATE", [_state(seen, each) for each in rows], drop=5),  # what is damaged is said below in any case
     ]
     if output.is_terminal:
         output.parts(headline(seen), style="bold")
@@ -146,7 +147,7 @@ def _print_checkpoints(
     elif output.is_terminal:
         output.line("no checkpoint fits" if seen.checkpoints else "no checkpoints yet")
     if output.is_terminal:
-        output.parts([f" {part}" for part in _legend(seen, rows)])
+        output.parts([f" {part}" for part in [*_legend(seen, rows), *_weights_only(rows)]])
         _say_what_is_wrong(output, seen)
         if seen.best:
             output.hint(
@@ -154,6 +155,11 @@ def _print_checkpoints(
                 f"highcamp log {refer(seen.run)}".rstrip(),
                 f"highcamp plot {refer(seen.run)}".rstrip(),
             )
+
+
+def _state(seen: Look, each: Checkpoint) -> str:
+    state = seen.state(each.name)
+    return WEIGHTS_ONLY if each.manifest.is_weights_only and state == COMMITTED else state
 
 
 def _say_what_is_wrong(output: Output, seen: Look) -> None:
@@ -196,10 +202,16 @@ def _legend(seen: Look, rows: Sequence[Checkpoint]) -> list[str]:
     return parts
 
 
+def _weights_only(rows: Sequence[Checkpoint]) -> list[str]:
+    """Said below as well: where the terminal is narrow, the column of states is the first to go."""
+    names = [each.name for each in rows if each.manifest.is_weights_only]
+    return [f"{WEIGHTS_ONLY}: {', '.join(names)}"] if names else []
+
+
 def _sorted(seen: Look, sort: str | None, names: Sequence[str]) -> list[Checkpoint]:
     if sort is None:
-        ranked = [each.name for each in seen.ranked]
-        return [*seen.ranked, *(each for each in seen.checkpoints if each.name not in set(ranked))]
+        ranked = {each.name for each in seen.ranked}
+        return [*seen.ranked, *(each for each in seen.checkpoints if each.name not in ranked)]
     if sort not in PLACES and sort not in names:
         raise InvalidArgument(f"cannot sort by {sort!r}", hint=f"there are {', '.join([*PLACES, *names])}")
     present = [each for each in seen.checkpoints if _quantity(each, sort) is not None]

@@ -49,6 +49,7 @@ COMMANDS = {
     "pin": ("pin", "pin", "Give a checkpoint a name that protects it."),
     "unpin": ("pin", "unpin", "Take a pin away."),
     "export": ("export", "export", "Write the weights of a checkpoint to a file for other tools."),
+    "run": ("run", "run", "Run a training command, and start it again when it crashes."),
     "help": ("topics", "topics", "Explain refs, exit-codes or environment."),
 }
 
@@ -155,7 +156,8 @@ def command(*, header: bool = False, epilog: str | None = None) -> Callable[[Cal
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code; an error is one paragraph on stderr, or one object with `--json`."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    as_json, debug = "--json" in given, "--debug" in given
+    ours = given[: given.index("--")] if "--" in given else given  # what follows belongs to the command that is run
+    as_json, debug = "--json" in ours, "--debug" in ours
     try:
         result = program.main(args=given, prog_name="highcamp", standalone_mode=False)
     except HighcampError as error:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import textwrap
-from typing import TYPE_CHECKING
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 import click
+import msgspec
 
 from highcamp.cli.arguments import find_target, refer, shown_path
 from highcamp.cli.log import attempt_facts, origin_words
@@ -13,19 +15,23 @@ from highcamp.cli.look import ENDINGS, look, monitor_facts
 from highcamp.cli.program import command
 from highcamp.cli.table import Column, Table
 from highcamp.cli.text import MISSING, age, count, exact, number, plain, size
-from highcamp.run.history import format_time
+from highcamp.policy.pace import WRITE_BUDGET
+from highcamp.run.history import format_time, total_cost
+from highcamp.training.messages import percent, saves_words, seconds_words, written
 
 if TYPE_CHECKING:
     from highcamp.cli.look import Look
     from highcamp.cli.output import Output
     from highcamp.run.checkpoint import Checkpoint
+    from highcamp.run.history import SaveCost
+    from highcamp.run.settings import PaceFacts
 
 
 @command()
 @click.argument("run", metavar="[RUN[@REF]]", required=False)
 @click.option("--layers", is_flag=True, help="Every tensor of a checkpoint: path, dtype, shape.")
 def show(output: Output, run: str | None, layers: bool) -> int:  # noqa: FBT001
-    """Show the facts of a run: monitor, cadence, attempts; or of one checkpoint: metrics, files, digests, versions."""
+    """Show the facts of a run: monitor, cadence, cost of saving; or of one checkpoint: metrics, files, digests, versions."""
     target = find_target(run)
     seen = look(target.run)
     if target.reference is None and not layers:
@@ -38,6 +44,8 @@ def show(output: Output, run: str | None, layers: bool) -> int:  # noqa: FBT001
 def _show_run(output: Output, seen: Look) -> None:
     run = seen.run
     total = sum(each.size_bytes for each in seen.checkpoints)
+    pace, saves = run.settings.pace, seen.history.saves
+    cost = total_cost(each.cost for each in saves)
     if output.as_json:
         output.json(
             "show/1",
@@ -47,7 +55,9 @@ def _show_run(output: Output, seen: Look) -> None:
             state=seen.state_of_run,
             monitor=monitor_facts(seen.monitor),
             every=run.every,
-            keep={name: getattr(run.keep, name) for name in ("best", "last", "every_steps", "every_epochs")},
+            pace=msgspec.to_builtins(pace),
+            saving={"count": len(saves), **_cost_facts(cost)} if saves else None,
+            keep=asdict(run.keep),
             epoch=seen.epoch,
             epochs_planned=run.epochs_planned,
             best=seen.facts(seen.best) if seen.best else None,
@@ -70,6 +80,8 @@ def _show_run(output: Output, seen: Look) -> None:
         ("state", seen.state_of_run),
         ("monitor", monitor),
         ("saves", run.every or MISSING),
+        *([("pace", _pace_words(pace))] if pace else []),
+        *([("cost of saving", _costs_words(cost, len(saves)))] if saves else []),
         ("keeps", _keep_words(seen)),
         ("epochs", f"{seen.epoch}{planned}"),
         ("best", _line(seen, seen.best)),
@@ -94,14 +106,22 @@ def _show_checkpoint(output: Output, seen: Look, entry: Checkpoint, *, layers: b
         for name in (entry.objects if layers else ())
         for path, array in entry.load(name).items()
     ]
+    save = seen.history.save_of(entry.name, entry.attempt)
     if output.as_json:
         output.json(
             "show/1",
             run=seen.run.path,
             **seen.facts(entry),
             parent=entry.parent,
+            save=_cost_facts(save.cost) if save else None,
             objects=[
-                {"name": name, "tensor_count": found.tensors, "tensor_bytes": found.bytes, "files": list(found.files)}
+                {
+                    "name": name,
+                    "tensor_count": found.tensors,
+                    "tensor_bytes": found.bytes,
+                    "files": list(found.files),
+                    "weights": found.weights if isinstance(found.weights, bool) else None,
+                }
                 for name, found in entry.manifest.objects.items()
             ],
             files=[{"name": file.name, "size_bytes": file.size, "digest": file.digest} for file in entry.files],
@@ -137,9 +157,11 @@ def _show_checkpoint(output: Output, seen: Look, entry: Checkpoint, *, layers: b
         ("step", str(entry.step)),
         ("attempt", str(entry.attempt)),
         ("saved", saved),
+        *([("cost of saving", _cost_words(save.cost))] if save else []),
         *((name, number(value) if output.is_terminal else exact(value)) for name, value in entry.metrics.items()),
         ("kept because", ", ".join(seen.reasons(entry.name)) or "not pruned yet"),
         ("state", seen.state(entry.name)),
+        *([("holds", "weights only: training cannot resume from it")] if entry.manifest.is_weights_only else []),
         ("parent", entry.parent or MISSING),
         *(("file", f"{file.name}  {size(file.size)}  {file.digest}") for file in entry.files),
         *(
@@ -189,4 +211,40 @@ def _keep_words(seen: Look) -> str:
         words.append(f"every {count(keep.every_steps, 'step')}")
     if keep.every_epochs:
         words.append(f"every {count(keep.every_epochs, 'epoch')}")
+    if keep.best_weights_only:
+        words.append("weights only of a best that nothing else keeps")
     return ", ".join(words)
+
+
+def _pace_words(pace: PaceFacts) -> str:
+    """What `Every.auto` has chosen, and why."""
+    allowed = f"{100 * pace.overhead:.12g} %"
+    because = {
+        "cost": f"a save costs the loop {seconds_words(pace.cost_seconds)}, and {allowed} is allowed",
+        "pipe": f"a save is durable after {seconds_words(pace.durable_seconds)}, and the next one waits for it",
+        "wear": f"a save writes {size(pace.new_bytes)}, and {size(int(WRITE_BUDGET))}/s on average spare the drive",
+        "step": f"even that costs no more than {allowed}",
+        "share": f"saving more often has cost more than {allowed}",
+    }.get(pace.because, pace.because)
+    return (
+        f"every {'step' if pace.steps == 1 else count(pace.steps, 'step')} ({seconds_words(pace.seconds)}): {because}; "
+        f"a crash costs {seconds_words(pace.expected_loss_seconds)} of work on average"
+    )
+
+
+def _cost_words(cost: SaveCost) -> str:
+    """What one save has cost."""
+    waited = f", wait {seconds_words(cost.wait_seconds)}" if cost.wait_seconds >= 1e-3 else ""
+    share = "" if cost.share is None else f", {percent(cost.share)} of the time since the save before"
+    return f"pause {seconds_words(cost.pause_seconds)}{waited}{share}; {written(cost)}"
+
+
+def _costs_words(cost: SaveCost, saves: int) -> str:
+    """What all saves of a run have cost together."""
+    return saves_words(saves, cost.pause_seconds / saves, cost.bytes_per_second, cost.share)
+
+
+def _cost_facts(cost: SaveCost) -> dict[str, Any]:
+    """The same as JSON holds it."""
+    facts = {name: getattr(cost, name) for name in cost.__struct_fields__}
+    return {**facts, "bytes_per_second": cost.bytes_per_second, "share": cost.share}

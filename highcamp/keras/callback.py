@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import keras
 from keras.src.utils import io_utils
@@ -32,7 +32,10 @@ if TYPE_CHECKING:
     from highcamp.run.checkpoint import Checkpoint
     from highcamp.run.run import Run
 
-_KNOWN = ("directory", "monitor", "mode", "every", "keep", "restore_best", "callbacks", "data", "on_error", "verbose")
+_KNOWN = (
+    "directory", "monitor", "mode", "every", "keep", "restore_best", "verbose", "callbacks", "data", "snapshot", "memory_every",
+    "staging_bytes", "on_error",
+)  # fmt: skip
 
 # Runs under way in this process. After an exception `fit` does not tell its callbacks that it has ended, and the cell of a
 # notebook that is run again brings a new callback for the same run.
@@ -53,8 +56,9 @@ class CheckpointCallback(keras.callbacks.Callback):
     on PyTorch and JAX. On TensorFlow arrays are shuffled where no state can be read: there, call
     `keras.utils.set_random_seed` first, or use an EpochDataset.
 
-    With `every=Every(steps=…)` or `seconds=…` it saves within epochs as well, and goes on at the next batch: the batches
-    before it are read again but not trained on. Pass an EpochDataset as `data` too, and they are not even read.
+    With `every=Every(steps=…)` or `seconds=…`, or such a `memory_every`, it saves within epochs as well, and goes on at the
+    next batch: the batches before it are read again but not trained on. Pass an EpochDataset as `data` too, and they are
+    not even read.
     """
 
     def __init__(
@@ -69,7 +73,10 @@ class CheckpointCallback(keras.callbacks.Callback):
         *,
         callbacks: Iterable[keras.callbacks.Callback] = (),
         data: EpochDataset | None = None,
-        on_error: str = "raise",
+        snapshot: Literal["copy", "overlap"] = "copy",
+        memory_every: Every | None = None,
+        staging_bytes: int | None = None,
+        on_error: Literal["raise", "warn"] = "raise",
         **unknown: object,
     ) -> None:
         """Nothing is written or restored before training begins.
@@ -77,8 +84,12 @@ class CheckpointCallback(keras.callbacks.Callback):
         directory: the run. monitor, mode: the metric that ranks checkpoints; "auto" knows the usual names and asks for
         others. every: when a checkpoint is due. keep: which stay. restore_best: whether `fit` ends with the best weights
         in the model instead of the last. callbacks: others whose state is to be kept; those in the same list are found
-        without it. data: the EpochDataset given to `fit`. on_error: "raise" or "warn", for a save that fails.
-        verbose: 0 warnings, 1 a line per epoch, 2 details. Raises InvalidArgument, and TypeError for unknown arguments.
+        without it. data: the EpochDataset given to `fit`.
+        snapshot: "copy", or "overlap" to copy arrays that cannot change while training goes on, as on JAX.
+        memory_every: when the state is also copied to shared memory, for the next attempt if this process is killed.
+        staging_bytes: the most memory for the copy.
+        on_error: "raise" or "warn", for a save that fails. verbose: 0 warnings, 1 a line per epoch, 2 details.
+        Raises InvalidArgument, and TypeError for unknown arguments.
         """
         super().__init__()
         refuse_unknown("CheckpointCallback", unknown, _KNOWN)
@@ -89,7 +100,8 @@ class CheckpointCallback(keras.callbacks.Callback):
             )
         self._monitor = Monitor(monitor, mode) if isinstance(monitor, str) else Monitor.of(monitor)
         self._arguments: dict[str, Any] = {
-            "monitor": self._monitor, "every": every, "keep": keep, "on_error": on_error, "verbose": verbose,
+            "monitor": self._monitor, "every": every, "keep": keep, "snapshot": snapshot, "memory_every": memory_every,
+            "staging_bytes": staging_bytes, "on_error": on_error, "verbose": verbose,
         }  # fmt: skip
         self.directory = os.fspath(directory)
         self._checkpointer = Checkpointer(directory, **self._arguments)  # made now, so that it complains now
@@ -105,7 +117,7 @@ class CheckpointCallback(keras.callbacks.Callback):
         self._batches_seen = 0
         self._iterations_seen = 0
         self._unrecorded: set[str] = set()
-        if every.steps is not None or every.seconds is not None:
+        if self._saves_within_epochs():
             # An attribute, not a method: a class with this method would cost every user Keras's asynchronous callbacks.
             self.on_train_batch_end = self._after_batch
 
@@ -298,8 +310,8 @@ class CheckpointCallback(keras.callbacks.Callback):
     # ------------------------------------------------------------------------------------------------- small matters
 
     def _saves_within_epochs(self) -> bool:
-        every: Every = self._arguments["every"]
-        return every.steps is not None or every.seconds is not None
+        cadences = (self._arguments["every"], self._arguments["memory_every"])
+        return any(every is not None and not every.counts_only_epochs for every in cadences)
 
     def _planned(self) -> int:
         return int((self.params or {}).get("epochs", 1))

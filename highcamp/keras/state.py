@@ -78,6 +78,11 @@ def capture(obj: object) -> object | None:
     return None
 
 
+def is_weights(obj: object) -> bool:
+    """Whether the state of an object is that of a model or a layer, so that it stays when only weights are kept."""
+    return isinstance(obj, keras.Layer)
+
+
 def template(obj: object) -> object | None:  # noqa: ARG001
     """None: `check` compares, because integer types differ between backends and names between models of one process."""
     return None

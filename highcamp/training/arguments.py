@@ -8,6 +8,8 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from highcamp.errors import InvalidArgument, InvalidMetric
+from highcamp.policy.cadence import Every
+from highcamp.policy.retention import Keep
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -48,6 +50,40 @@ def check_kind(name: str, value: object, kind: type, example: str) -> None:
     """Raise InvalidArgument unless `value` is a `kind`."""
     if not isinstance(value, kind):
         raise InvalidArgument(f"{name} is {value!r}, not a {kind.__name__}", hint=f"for example {name}={example}")
+
+
+CHECKPOINTER = ("monitor", "every", "keep", "snapshot", "memory_every", "staging_bytes", "on_error", "verbose")
+"""What a Checkpointer takes beside its directory."""
+
+LEAST_STAGING_BYTES = 1 << 20  # less would be written in pieces too small for any disk's rate
+
+
+def check_checkpointer(
+    *, every: object, keep: object, snapshot: object, memory_every: object, staging_bytes: object, on_error: object
+) -> None:
+    """Raise InvalidArgument for an argument of Checkpointer that cannot work, alone or beside another."""
+    check_kind("every", every, Every, "Every(epochs=1)")
+    check_kind("keep", keep, Keep, "Keep(best=1, last=2)")
+    for name, value, choices in (
+        ("on_error", on_error, ("raise", "warn")),
+        ("snapshot", snapshot, ("copy", "overlap")),
+    ):
+        if value not in choices:
+            raise InvalidArgument(f"{name} is {value!r}", hint=f"use {' or '.join(map(repr, choices))}")
+    if memory_every is not None:
+        check_kind("memory_every", memory_every, Every, "Every(steps=1)")
+    if staging_bytes is None:
+        return
+    if memory_every is not None:
+        raise InvalidArgument(
+            "staging_bytes and memory_every exclude each other: a snapshot in shared memory is whole",
+            hint="leave out staging_bytes",
+        )
+    if isinstance(staging_bytes, bool) or not isinstance(staging_bytes, int) or staging_bytes < LEAST_STAGING_BYTES:
+        raise InvalidArgument(
+            f"staging_bytes is {staging_bytes!r}, not a number of bytes of at least {LEAST_STAGING_BYTES}",
+            hint="for example staging_bytes=1 << 30",
+        )
 
 
 def to_metrics(values: Mapping[str, Any]) -> dict[str, float]:

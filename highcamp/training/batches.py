@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from highcamp.errors import Mismatch
 from highcamp.run import live
 from highcamp.training.rng import random_state, set_random_state
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
+
+    from highcamp.training.progress import Progress
+
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -60,6 +65,39 @@ def resume(loader: Iterable[Any], saved: dict[str, Any], skip: int, *, where: st
                 if next(batches, batches) is batches:
                     raise _too_short(skip, done, where)
     return batches, place
+
+
+def count(
+    loader: Iterable[T],
+    progress: Progress,
+    end_step: Callable[..., None],
+    stop_if_asked: Callable[[], None],
+    *,
+    where: str,
+) -> Iterator[T]:
+    """Yield the batches of the epoch under way that are still to do; each is a step, done when the next one is asked for.
+
+    end_step: called when one is done, as `Checkpointer.end_step` is. stop_if_asked: called when a batch cannot be had, for
+    what asks this process to stop may have ended the workers of the loader first.
+    """
+    iterator, progress.place = progress.iterate(loader, where)
+    iterator, last = iter(iterator), length(loader)
+    try:
+        while True:
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                break
+            except Exception:
+                if progress.batch:
+                    stop_if_asked()
+                raise
+            progress.next_batch()
+            yield batch
+            progress.count_batch()
+            end_step(0, is_last=progress.batch == last)
+    finally:
+        progress.is_iterating = False  # after `break` as well
 
 
 def _is_read_by_index(loader: Iterable[Any]) -> bool:

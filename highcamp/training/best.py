@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
     from highcamp.policy.monitor import Monitor
     from highcamp.run.history import History
+    from highcamp.training.messages import Voice
+    from highcamp.training.progress import Progress
 
 
 @dataclass
@@ -38,11 +40,22 @@ class BestSoFar:
             return ""
         return messages.best_not_saved(self.epoch, self.monitor.metric, self.value)
 
-    def replay(self, history: History) -> None:
-        """Go through the epochs of a history, as if they had been seen."""
+    def replay(self, history: History, voice: Voice) -> None:
+        """Go through the epochs of a history, as if they had been seen; says so if the metric is one of training data."""
+        if messages.is_training_metric(self.monitor.metric):
+            voice.say(messages.training_metric(self.monitor.metric))
         for row in history.epochs():
             if self.monitor.metric in row.metrics:
                 self.see(row.epoch, row.metrics, None)
+
+    def epochs_since(self, progress: Progress, metrics: Mapping[str, float]) -> int:
+        """Epochs done since the best value. metrics: those of the epoch under way, which is done if they are its last."""
+        done = progress.epoch
+        if progress.is_logged and progress.at_boundary:  # done, but not ended yet
+            if self.is_improved_by(metrics):
+                return 0
+            done += 1
+        return max(0, done - (self.epoch or 0))
 
     def see(self, epoch: int, metrics: Mapping[str, float], saving: str | None) -> tuple[str, bool]:
         """Take in one epoch's metrics; returns the line to say ("" for none) and whether it is a warning.

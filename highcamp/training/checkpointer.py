@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
-from highcamp.core.names import check_name
 from highcamp.errors import HighcampError, InvalidArgument, InvalidMetric, StorageError
 from highcamp.policy.cadence import Every
 from highcamp.policy.monitor import Monitor
@@ -15,21 +15,26 @@ from highcamp.run import live
 from highcamp.storage.store import open_store
 from highcamp.training import batches as batching
 from highcamp.training import messages
-from highcamp.training.arguments import check_kind, refuse_unknown, to_metrics
+from highcamp.training.arguments import CHECKPOINTER, check_checkpointer, refuse_unknown, to_metrics
 from highcamp.training.best import BestSoFar
+from highcamp.training.measured import Measured
+from highcamp.training.memory import Memory
 from highcamp.training.progress import PROGRESS, Progress
 from highcamp.training.saver import Saver
+from highcamp.training.source import Source
+from highcamp.training.stopping import Stopping
+from highcamp.training.tracked import Tracked
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Iterable, Iterator
     from types import TracebackType
 
-    from highcamp.core.tree import Flat
     from highcamp.run.attempt import OngoingAttempt
     from highcamp.run.checkpoint import Checkpoint
     from highcamp.run.run import Run
     from highcamp.storage.store import Store
+    from highcamp.training.saver import Capture, Where
     from highcamp.training.writer import Pending
 
 T = TypeVar("T")
@@ -50,6 +55,9 @@ class Checkpointer:
         monitor: Monitor | str | None = None,
         every: Every = Every(epochs=1),  # noqa: B008  (frozen)
         keep: Keep = Keep(),  # noqa: B008  (frozen)
+        snapshot: Literal["copy", "overlap"] = "copy",
+        memory_every: Every | None = None,
+        staging_bytes: int | None = None,
         on_error: Literal["raise", "warn"] = "raise",
         verbose: int = 1,
         **unknown: object,
@@ -58,27 +66,32 @@ class Checkpointer:
 
         directory: the run; made when training begins. monitor: the metric that ranks checkpoints; a name of the usual kind
         is enough ("val_loss"), any other needs `Monitor(name, mode=…)`. every: when a checkpoint is due. keep: which stay.
-        on_error: what a failed save does: "raise" at the next call, or "warn" and go on training. verbose: 0 warnings,
-        1 a line per epoch, 2 details. Raises InvalidArgument, and Refused for a directory that is a file.
+        snapshot: "copy" takes the state within the call that saves; "overlap" during the next forward and backward, for loops
+        in which only tracked torch optimizers change the weights. memory_every: when it is also copied to shared memory, for
+        the next attempt if this process is killed. staging_bytes: the most memory for the copy. on_error: what a failed
+        save does: "raise" at the next call, or "warn" and go on training. verbose: 0 warnings, 1 a line per epoch, 2
+        details. Raises InvalidArgument, and Refused for a directory that is a file.
         """
-        known = ("directory", "monitor", "every", "keep", "on_error", "verbose")
-        refuse_unknown("Checkpointer", unknown, known)
-        check_kind("every", every, Every, "Every(epochs=1)")
-        check_kind("keep", keep, Keep, "Keep(best=1, last=2)")
-        if on_error not in ("raise", "warn"):
-            raise InvalidArgument(f"on_error is {on_error!r}", hint="use 'raise' or 'warn'")
+        refuse_unknown("Checkpointer", unknown, ("directory", *CHECKPOINTER))
+        check_checkpointer(
+            every=every, keep=keep, snapshot=snapshot, memory_every=memory_every, staging_bytes=staging_bytes, on_error=on_error
+        )  # fmt: skip
         self._monitor = Monitor.of(monitor)
         self.voice = messages.Voice(verbose)
+        store = open_store(directory)
+        source = Source(store, overlaps=snapshot == "overlap", staging_bytes=staging_bytes)
         self._saver = Saver(
-            open_store(directory), monitor=self._monitor, every=every, keep=keep, on_error=on_error, voice=self.voice
-        )
+            store, monitor=self._monitor, every=every, keep=keep, on_error=on_error, voice=self.voice, source=source,
+            memory=Memory(memory_every, self.voice),
+        )  # fmt: skip
         self._every = every
-        self._tracked: dict[str, object] = {}
+        self._tracked = Tracked()
         self.progress = Progress()
+        self._stopping = Stopping(self._saver, self.progress, self.voice)
+        self.preemption = self._stopping.preemption
         self._best = BestSoFar(self._monitor) if self._monitor else None
         self._is_finished = False
-        self._metrics: tuple[int, dict[str, float]] = (-1, {})  # those of one step, and that step
-        self._ended: dict[int, int] = {}  # step -> the epoch that ended with it
+        self._measured = Measured(self.progress)
 
     # What is known
 
@@ -112,12 +125,7 @@ class Checkpointer:
         if self._best is None:
             raise InvalidArgument("epochs_since_best needs a monitored metric", hint='pass monitor="val_loss"')
         self.start()
-        done = self.epoch
-        if self.progress.is_logged and self.progress.at_boundary:  # the epoch under way is done, but not ended yet
-            if self._best.is_improved_by(self._metrics_at(self.progress.boundary_step)):
-                return 0
-            done += 1
-        return max(0, done - (self._best.epoch or 0))
+        return self._best.epochs_since(self.progress, self._measured.at(self.progress.boundary_step))
 
     # A loop of your own
 
@@ -132,15 +140,7 @@ class Checkpointer:
             raise InvalidArgument(
                 "track() came after the run was restored", hint="track everything before epochs() or restore()"
             )
-        for name, obj in objects.items():
-            check_name(name, "tracked object")
-            if name.lower() in {PROGRESS, *(other.lower() for other in self._tracked)}:
-                raise InvalidArgument(
-                    f"an object named {name!r} is tracked already, or the name is highcamp's own",
-                    hint="choose another name",
-                )
-            live.check_trackable(name, obj)
-            self._tracked[name] = obj
+        self._tracked.add(objects)
 
     def epochs(self, count: int) -> Iterator[int]:
         """Yield the epochs that are still to do, counted from 0, until `count` are done; the first call restores.
@@ -151,7 +151,7 @@ class Checkpointer:
         """
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise InvalidArgument(f"epochs({count!r}): not a positive number of epochs", hint="for example epochs(50)")
-        self._require_tracked("epochs()")
+        self._tracked.require("epochs()")
         return self._epochs(count)
 
     def _epochs(self, count: int) -> Iterator[int]:
@@ -168,6 +168,7 @@ class Checkpointer:
                         self._settle()
                     except BaseException as error:  # noqa: BLE001  (Python prints what is raised here, and goes on)
                         self._saver.hold(error)
+                    self._stopping.leave()  # training is over, and nobody looks whether to stop
                 raise
             if self.progress.in_epoch:  # `restore` may have ended it
                 self.end_epoch()
@@ -193,21 +194,8 @@ class Checkpointer:
                 "batches() was called outside epochs()",
                 hint="for epoch in checkpointer.epochs(n): for batch in checkpointer.batches(loader): …",
             )
-        return self._batches(loader)
-
-    def _batches(self, loader: Iterable[T]) -> Iterator[T]:
-        progress = self.progress
         where = self._saver.resumed_from.path if self._saver.resumed_from else self.run.path
-        iterator, progress.place = progress.iterate(loader, where)
-        length = batching.length(loader)
-        try:
-            for batch in iterator:
-                progress.next_batch()
-                yield batch
-                progress.count_batch()
-                self.end_step(0, is_last=progress.batch == length)
-        finally:
-            progress.is_iterating = False  # after `break` as well
+        return batching.count(loader, self.progress, self.end_step, self.stop_if_asked, where=where)
 
     def log(
         self,
@@ -227,20 +215,14 @@ class Checkpointer:
             raise InvalidMetric(f"log({metrics!r:.40}): a value without a name", hint="log(val_loss=0.3)")
         values = to_metrics({**(metrics or {}), **named})
         attempt = self._attempt()
-        now = self.progress.boundary_step
-        step = now if step is None else step
-        batch = self.progress.boundary_batch if step == now else 0
-        if epoch is None:
-            epoch = self.progress.boundary_epoch if step == now else self._ended.get(step, self.epoch)
+        step, epoch, batch = self._measured.place(step, epoch)
         try:
             attempt.log(step, epoch, values, batch=batch)
         except StorageError as error:  # the row is kept, and written with the next one
             self._saver.tell(error)
-        if step == now:
-            self._metrics = (step, {**self._metrics_at(step), **values})
-            self.progress.is_logged = self.progress.at_boundary
-            if self._best is not None and not self.progress.in_epoch and self._best.monitor.metric in values:
-                self._best.see(epoch, values, None)  # with state that is passed, nothing else tells an epoch's end
+        is_alone = self._measured.add(step, values) and not self.progress.in_epoch
+        if is_alone and self._best is not None and self._best.monitor.metric in values:
+            self._best.see(epoch, values, None)  # with state that is passed, nothing else tells an epoch's end
         self._saver.raise_failed()
 
     # The steps of a loop, for framework modules
@@ -254,7 +236,7 @@ class Checkpointer:
             self._open(self._tracked, lambda checkpoint: self.progress.restore(checkpoint, self._tracked))
             planned = None if epochs_planned is None else max(0, epochs_planned - self.epoch)
             if planned != 0:
-                self._say_resumed(planned)
+                self._saver.say_resumed(planned)
         if epochs_planned is not None:
             self._attempt().note(epochs_planned=epochs_planned)
         return self._saver.resumed_from
@@ -262,27 +244,46 @@ class Checkpointer:
     def begin_epoch(self) -> None:
         """An epoch begins."""
         self._saver.raise_failed()
+        self._saver.rest()
+        self._stopping.listen()
+        self.stop_if_asked()
         self.progress.begin_epoch()
 
     def end_step(self, count: int = 1, *, is_last: bool = False) -> None:
-        """`count` steps are done; saves if due, unless it is the last step of the epoch, whose end saves anyway."""
+        """`count` steps are done; saves if due, and stops if asked to, but not after the last step of an epoch.
+
+        The end of the epoch does both; resumed before it, many a loop would fail for having no batch left to measure.
+        """
         self.progress.step += count
-        if not is_last and self._saver.is_due(self.progress):
-            self._save_tracked()
+        due = None if is_last else self._saver.due(self.progress)
+        if due is not None:
+            self._save_due(due)
+        if not is_last:
+            self.stop_if_asked()
+
+    def stop_if_asked(self) -> None:
+        """Between two steps: if this process was asked to stop, save once, wait until it is durable, and end.
+
+        Everything else that counts steps calls it; framework modules do at the batches of an evaluation as well. Raises
+        SystemExit with the conventional code, or what an earlier handler of the signal raised, such as KeyboardInterrupt.
+        """
+        if self._stopping.is_asked:
+            self._stopping.stop(self._save_tracked if self._tracked else None)
 
     def end_epoch(self) -> None:
         """An epoch is done and its metrics are logged; saves if due."""
-        metrics = self._metrics_at(self.progress.boundary_step)
+        metrics = self._measured.at(self.progress.boundary_step)
         self.progress.end_epoch(self.run.path)
-        self._ended[self.step] = self.epoch
-        is_due = self._saver.is_due(self.progress)
+        self._measured.end_epoch()
+        due = self._saver.due(self.progress)
         if self._best is not None:
-            name = f"step-{self.step:08d}" if is_due else None
+            name = f"step-{self.step:08d}" if due == "disk" else None
             line, is_warning = self._best.see(self.epoch, metrics, name)
             if line:
                 self.voice.say(line, level=0 if is_warning else 1)
-        if is_due:
-            self._save_tracked()
+        if due is not None:
+            self._save_due(due)
+        self.stop_if_asked()
 
     def finish(self) -> None:
         """Training is done: saves the last state if it is not saved, and waits until it is durable."""
@@ -291,6 +292,7 @@ class Checkpointer:
             self._save_tracked()
         self._saver.raise_failed(wait=True)
         self._is_finished = self._saver.is_saved(self.progress)
+        self._stopping.end(is_finished=self._is_finished)
 
     # State that is passed
 
@@ -321,9 +323,9 @@ class Checkpointer:
         self.progress.move(step, epoch)
         if values:
             self.log(values, step=self.step)
-        if state is None:
-            return self._save_tracked()
-        return self._save(lambda: live.capture_state(state))
+        pending = self._save_tracked() if state is None else self._save(partial(live.capture_state, state))
+        self.stop_if_asked()
+        return pending
 
     def save_if_due(
         self, state: object = None, *, step: int, epoch: int | None = None, metrics: Mapping[str, Any] | None = None
@@ -334,11 +336,17 @@ class Checkpointer:
                 f"{self._every} cannot be told from steps", hint="pass epoch=, or every=Every(steps=…)"
             )
         self._attempt()
+        self._stopping.listen()
         self.progress.move(step, epoch)
-        if self._saver.is_due(self.progress):
+        is_new = not self._saver.is_saved(self.progress)
+        due = self._saver.due(self.progress)
+        if due == "disk" or (self._stopping.is_asked and is_new):
             return self.save(state, step=step, epoch=epoch, metrics=metrics)
         if metrics:
             self.log(metrics, step=self.step)
+        if due is not None:
+            self._save_due(due, self._tracked.capture if state is None else partial(live.capture_state, state))
+        self.stop_if_asked()
         return None
 
     def restore(self, reference: str | None = None, *, like: object = None) -> Any:
@@ -354,7 +362,7 @@ class Checkpointer:
         if reference is not None:
             return self._restore_reference(reference, like)
         if like is None:
-            self._require_tracked("restore()", "like=state")
+            self._tracked.require("restore()", "like=state")
             if self._saver.is_open:
                 return self._saver.rewind(self.progress, lambda found: self.progress.restore(found, self._tracked))
             return self.start()
@@ -367,7 +375,7 @@ class Checkpointer:
             self._saver.rewind(self.progress, load)
         else:
             self._open({}, load)
-            self._say_resumed(None)
+            self._saver.say_resumed(None)
         return restored[-1] if restored else None
 
     def _restore_reference(self, reference: str, like: object) -> Any:
@@ -377,7 +385,7 @@ class Checkpointer:
         if like is not None:
             objects = [name for name in checkpoint.objects if name != PROGRESS]
             return live.fill_state(like, checkpoint.saved, objects, where=checkpoint.path)
-        self._require_tracked("restore()", "like=state")
+        self._tracked.require("restore()", "like=state")
         checkpoint.restore(**{name: obj for name, obj in self._tracked.items() if name in checkpoint.objects})
         return checkpoint
 
@@ -390,7 +398,8 @@ class Checkpointer:
         finally:
             is_ended = self._saver.close("complete" if self._is_finished else "closed", self.progress)
         if is_ended:
-            self._saver.summarize(self._best, has_logged=self._metrics[0] >= 0)
+            self._saver.summarize(self._best, has_logged=not self._measured.is_empty)
+        self._stopping.end(is_finished=self._is_finished)
 
     def __enter__(self) -> Self:
         """Use it in a `with` block, so that it is closed however the block ends."""
@@ -407,25 +416,15 @@ class Checkpointer:
             self._saver.close("interrupted" if isinstance(error, KeyboardInterrupt) else "error", self.progress)
         except HighcampError as failed:
             self.voice.say(f"not saved: {failed}", level=0)
+        finally:
+            self._stopping.leave()
 
     # Inside
 
     def _open(self, tracked: dict[str, object], load: Callable[[Checkpoint], object]) -> None:
         self._saver.open(self.progress, tracked, load)
         if self._best is not None:
-            self._best.replay(self.run.history)
-            if messages.is_training_metric(self._best.monitor.metric):
-                self.voice.say(messages.training_metric(self._best.monitor.metric))
-
-    def _require_tracked(self, call: str, instead: str = "") -> None:
-        if not self._tracked:
-            hint = "call track(model=…, optimizer=…) first" + (f", or pass {instead}" if instead else "")
-            raise InvalidArgument(f"{call} has nothing to save or restore: no object is tracked", hint=hint)
-
-    def _say_resumed(self, to_go: int | None) -> None:
-        found = self._saver.resumed_from
-        if found is not None:
-            self.voice.say(messages.resumed(found.name, found.epoch, found.batch, self._saver.attempt.number, to_go))
+            self._best.replay(self.run.history, self.voice)
 
     def _attempt(self) -> OngoingAttempt:
         """The attempt under way; one that was never restored may begin only in an empty run."""
@@ -433,13 +432,15 @@ class Checkpointer:
             self._saver.open_empty(self.progress)
         return self._saver.attempt
 
+    def _save_due(self, due: Where, capture: Capture | None = None) -> None:
+        save = self._saver.save if due == "disk" else self._saver.keep
+        save(capture or self._tracked.capture, self.progress, self._measured.at(self.step))
+        self._stopping.learn()
+
     def _save_tracked(self) -> Pending:
-        self._require_tracked("save()", "a state")
-        return self._save(lambda: {name: live.capture(name, obj) for name, obj in self._tracked.items()})
+        self._tracked.require("save()", "a state")
+        return self._save(self._tracked.capture)
 
-    def _save(self, capture: Callable[[], dict[str, Flat]]) -> Pending:
+    def _save(self, capture: Capture) -> Pending:
         self._attempt()
-        return self._saver.save(capture, self.progress, self._metrics_at(self.step))
-
-    def _metrics_at(self, step: int) -> dict[str, float]:
-        return self._metrics[1] if self._metrics[0] == step else {}
+        return self._saver.save(capture, self.progress, self._measured.at(self.step))

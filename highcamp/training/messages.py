@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from highcamp.errors import HighcampError
+    from highcamp.run.history import SaveCost
 
 
 def _print_line(line: str) -> None:
@@ -124,7 +125,100 @@ def nothing_saved(path: str) -> str:
     return f"Nothing was saved in {path}: loop over checkpointer.epochs(n), or call save()"
 
 
-def summary(best: tuple[str, float, str, str] | None, saves: int, share: float, path: str) -> str:
-    """The last line. best: where, value, metric, path of the best checkpoint. share: of wall time spent saving."""
+def saved(name: str, cost: SaveCost) -> str:
+    """A save is durable: what it took, and what it wrote."""
+    waited = f", waited {seconds_words(cost.wait_seconds)} for the save before" if cost.wait_seconds >= 1e-3 else ""
+    return f"saved {name}: pause {seconds_words(cost.pause_seconds)}{waited}, {written(cost)}"
+
+
+def written(cost: SaveCost) -> str:
+    """How long it took until a save was durable, what it wrote and how fast."""
+    linked = f", {size_words(cost.linked_bytes)} linked" if cost.linked_bytes else ""
+    rate = f", {size_words(cost.bytes_per_second)}/s" if cost.bytes_per_second else ""
+    return f"durable after {seconds_words(cost.durable_seconds)}, {size_words(cost.new_bytes)} written{linked}{rate}"
+
+
+def saves_words(count: int, pause_seconds: float, bytes_per_second: float | None, share: float | None) -> str:
+    """Several saves in short: 12 saves, pause 3.1 ms each, 1.2 GB/s, 0.4 % of training time. pause_seconds: of each."""
+    pause = f", pause {seconds_words(pause_seconds)}{'' if count == 1 else ' each'}"
+    rate = f", {size_words(bytes_per_second)}/s" if bytes_per_second else ""
+    return f"{counted(count, 'save')}{pause}{rate}" + ("" if share is None else f", {percent(share)} of training time")
+
+
+def saving_is_dear(
+    share: float, elapsed: float, pause: float, wait: float, slowed: float, *, is_auto: bool, overlaps: bool
+) -> str:
+    """Saving costs much. elapsed: in how many seconds. pause, wait, slowed: what one save has cost on average, in seconds.
+
+    is_auto, overlaps: what is in use already.
+    """
+    advice = [] if is_auto else ["every=Every.auto() saves as often as 1 % of the time allows"]
+    if not overlaps and pause >= (pause + wait + slowed) / 4:
+        advice.append('snapshot="overlap" shortens the pause')
+    minutes = counted(round(elapsed / 60), "minute")
+    parts = [
+        f"{word} {seconds_words(seconds)}"
+        for word, seconds in (("pause", pause), ("wait", wait), ("slower steps", slowed))
+        if seconds >= 1e-3 or word == "pause"
+    ]
+    return (
+        f"Saving took {percent(share)} of the last {minutes} ({', '.join(parts)} per save); "
+        f"{', '.join(advice) or 'save less often'}"
+    )
+
+
+def no_memory_tier(error: HighcampError) -> str:
+    """Shared memory cannot be used."""
+    return f"no snapshots are kept in shared memory: {error}"
+
+
+def recovered(name: str, before: int) -> str:
+    """A snapshot in shared memory has outlived its process. before: the step of the last checkpoint on disk, -1 for none."""
+    behind = f"newer than step {before} on disk" if before >= 0 else "there is nothing on disk yet"
+    return f"Recovered {name} from shared memory ({behind})"
+
+
+def kept_in_memory(count: int, pause_seconds: float) -> str:
+    """How often the state was copied to shared memory."""
+    return f"{counted(count, 'snapshot')} in shared memory, pause {seconds_words(pause_seconds)} each"
+
+
+def percent(share: float) -> str:
+    """A share of something: 0.4 %."""
+    return f"{100 * share:.1f} %"
+
+
+def seconds_words(seconds: float) -> str:
+    """A stretch of time in three digits or fewer: 3.1 ms, 840 ms, 1.5 s, 12 s."""
+    if seconds < 0.9995:
+        return f"{1e3 * seconds:.1f} ms" if seconds < 0.00995 else f"{1e3 * seconds:.0f} ms"
+    return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+
+
+def size_words(size_bytes: float) -> str:
+    """Bytes in decimal units: 812 B, 1.2 kB, 137 MB, 1.5 GB."""
+    for unit, length in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size_bytes >= 0.9995 * length:
+            amount = size_bytes / length
+            return f"{amount:.1f} {unit}" if amount < 9.95 else f"{amount:.0f} {unit}"
+    return f"{size_bytes:.0f} B"
+
+
+def summary(
+    best: tuple[str, float, str, str] | None,
+    saves: int,
+    share: float,
+    path: str,
+    *,
+    pause_seconds: float | None = None,
+    bytes_per_second: float | None = None,
+) -> str:
+    """The last line. best: where, value, metric, path of the best checkpoint. share: of training time that saving took.
+
+    pause_seconds: of one save. bytes_per_second: at which they were written.
+    """
     head = "" if best is None else f"Best: {best[0]}, {best[2]} {one_number(best[1])} -> {best[3]} · "
-    return f"{head}{counted(saves, 'save')}, {100 * share:.1f} % of training time · highcamp ls {path}"
+    costs = f"{counted(saves, 'save')}, {percent(share)} of training time"
+    if pause_seconds is not None:
+        costs = saves_words(saves, pause_seconds, bytes_per_second, share)
+    return f"{head}{costs} · highcamp ls {path}"

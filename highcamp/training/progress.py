@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from highcamp.core.tree import flatten
 from highcamp.errors import Damaged, InvalidArgument, Mismatch
 from highcamp.run import live
+from highcamp.run.reading import Reading
 from highcamp.training import batches
 from highcamp.training.rng import check_random_state, random_state, set_random_state
 
@@ -27,7 +28,9 @@ class Progress:
     """Where the loop is.
 
     epoch, step: done. batch: batches done in the epoch under way. place: how the iteration over the batches began.
-    is_iterating: whether a batch is at hand. is_counted: whether that batch is counted already.
+    is_iterating: whether a batch is at hand. is_counted: whether that batch is counted already. rest: the random states as
+    the batches ended, where a framework module knows: what is measured since draws from them, and does so again after a
+    restart.
     """
 
     epoch: int = 0
@@ -38,6 +41,7 @@ class Progress:
     is_iterating: bool = False
     is_counted: bool = False
     is_logged: bool = False
+    rest: dict[str, Any] | None = field(default=None, repr=False)
     _first_step: int = 0
     _resumed: dict[str, Any] | None = field(default=None, repr=False)
 
@@ -80,7 +84,7 @@ class Progress:
         """An epoch begins, or goes on where it was."""
         if self._resumed is None:
             self.batch, self.place = 0, None  # the one before may have been left by `break`
-        self.in_epoch, self.is_logged, self.is_iterating = True, False, False
+        self.in_epoch, self.is_logged, self.is_iterating, self.rest = True, False, False, None
         # After a resume in its middle, an epoch has steps behind it already.
         self._first_step = self.step if self._resumed is None else -1
 
@@ -106,7 +110,7 @@ class Progress:
                 hint="iterate over checkpointer.batches(loader), as when it was saved",
             )
         self.step = self.boundary_step
-        self.epoch, self.batch, self.place = self.epoch + 1, 0, None
+        self.epoch, self.batch, self.place, self.rest = self.epoch + 1, 0, None, None
         self.in_epoch = False
 
     def iterate(self, loader: Iterable[Any], where: str) -> tuple[Iterator[Any], Place]:
@@ -138,27 +142,31 @@ class Progress:
         """What is saved of it: the counters, the random states now, and, in the middle of an epoch, how it began."""
         place = self.place.tree() if self.place is not None and self.batch else None
         counters = {"epoch": self.epoch, "step": self.step, "batch": self.batch}
-        return flatten({**counters, "random": random_state(), "place": place}, live.as_array, where=PROGRESS)
+        state = random_state() if self.rest is None else self.rest
+        return flatten({**counters, "random": state, "place": place}, live.as_array, where=PROGRESS)
 
     def restore(self, checkpoint: Checkpoint, objects: Mapping[str, object]) -> None:
         """Put a checkpoint into the tracked objects, and take its counters and random states over.
 
-        Raises Damaged or Mismatch; before that nothing is changed.
+        Raises Mismatch; before that nothing is changed. Raises Damaged; before that no counter and no random state is
+        changed, but the objects may be overwritten in part.
         """
-        saved = self._read(checkpoint)
-        checkpoint.restore(**objects)
+        with Reading(checkpoint) as reading:
+            saved = self._read(reading, checkpoint)
+            reading.restore(objects)
         self._take(saved, checkpoint.path)
 
     def restore_like(self, checkpoint: Checkpoint, like: object) -> Any:
         """A checkpoint as a tree with the structure of `like`; its counters and random states are taken over."""
-        saved = self._read(checkpoint)
-        objects = [name for name in checkpoint.objects if name != PROGRESS]
-        tree = live.fill_state(like, checkpoint.saved, objects, where=checkpoint.path)
+        with Reading(checkpoint) as reading:
+            saved = self._read(reading, checkpoint)
+            objects = [name for name in checkpoint.objects if name != PROGRESS]
+            tree = live.fill_state(like, reading.saved, objects, where=checkpoint.path)
         self._take(saved, checkpoint.path)
         return tree
 
-    def _read(self, checkpoint: Checkpoint) -> dict[str, Any]:
-        saved = checkpoint.state(PROGRESS)
+    def _read(self, reading: Reading, checkpoint: Checkpoint) -> dict[str, Any]:
+        saved = reading.state(PROGRESS)
         counters = ("epoch", "step", "batch")
         if (
             not isinstance(saved, dict)
@@ -167,10 +175,10 @@ class Progress:
         ):
             raise Damaged(f"{checkpoint.name}: its progress is malformed", path=checkpoint.path)
         check_random_state(saved["random"], where=checkpoint.path)
-        return saved
+        return cast("dict[str, Any]", saved)
 
     def _take(self, saved: dict[str, Any], where: str) -> None:
         self.epoch, self.step, self.batch = saved["epoch"], saved["step"], saved["batch"]
-        self.in_epoch, self.is_iterating, self.is_logged, self.place = False, False, False, None
+        self.in_epoch, self.is_iterating, self.is_logged, self.place, self.rest = False, False, False, None, None
         self._resumed = saved if self.batch else None
         set_random_state(saved["random"], where=where)  # last: restoring objects may have drawn numbers

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from highcamp.errors import Damaged, Refused
+from highcamp.errors import Damaged, HighcampError, Refused
+from highcamp.run.restoring import Overwritten
 from highcamp.run.verify import verify_unlisted
 from highcamp.training import messages
 
@@ -21,8 +22,10 @@ if TYPE_CHECKING:
 def newest_whole(attempt: OngoingAttempt, voice: Voice, load: Callable[[Checkpoint], object]) -> Checkpoint | None:
     """Call `load` with each checkpoint, newest first, until one is not Damaged, and return that one.
 
-    None if the run has no checkpoints at all. Raises Damaged if it has some and none is whole: training from the start
-    over what may still be saved is for a person to decide.
+    A damaged one may have been read into live objects in part; the next one overwrites all of it. One that holds weights
+    alone is passed over. None if the run has no checkpoints at all. Raises Damaged if it has some and none is whole, Refused
+    if all hold weights alone: training from the start over what may still be saved is for a person to decide. This error,
+    and any that `load` raises, says of live objects if they are undefined.
     """
     checkpoints = list(reversed(attempt.run.checkpoints))
     known = [checkpoint.name for checkpoint in checkpoints]
@@ -37,26 +40,63 @@ def newest_whole(attempt: OngoingAttempt, voice: Voice, load: Callable[[Checkpoi
     for entry in unlisted:
         voice.say(messages.passed_over(entry.name, entry.findings[0].message), level=0)
     errors: list[Damaged] = []
+    stripped: list[str] = []
     for checkpoint in checkpoints:
+        if checkpoint.manifest.is_weights_only:
+            stripped.append(checkpoint.name)
+            continue
         try:
             load(checkpoint)
         except Damaged as error:
             errors.append(error)
             attempt.note_damaged(checkpoint.name)
+        except HighcampError as error:
+            for damage in errors:
+                voice.say(damage.message, level=0)
+            error.hint = _advice(error.hint, errors)
+            raise
         else:
             for damage in errors:
                 voice.say(messages.fell_back(damage, checkpoint.name), level=0)
+            for name in stripped:
+                voice.say(messages.passed_over(name, "it holds weights alone, so training cannot resume from it"))
             return checkpoint
     for damage in errors:
         voice.say(damage.message, level=0)
     if errors or unlisted:
-        names = [*(checkpoint.name for checkpoint in checkpoints), *(entry.name for entry in unlisted)]
+        names = [name for name in known if name not in stripped] + [entry.name for entry in unlisted]
+        weights = f"{_weights_there(stripped)}; " if stripped else ""
         raise Damaged(
             f"{attempt.run.path} has checkpoints, but none is whole: {', '.join(names)}",
             path=attempt.run.path,
-            hint=f'"highcamp verify {attempt.run.path}" shows what is left; to start anew, use another directory',
+            hint=_advice(
+                f'{weights}"highcamp verify {attempt.run.path}" shows what is left; to start anew, use another directory',
+                errors,
+            ),
+        )
+    if stripped:
+        raise Refused(
+            f"{attempt.run.path} has nothing that training could resume from: {', '.join(stripped)} "
+            f"{'holds' if len(stripped) == 1 else 'hold'} weights alone, no state of an optimizer",
+            path=attempt.run.path,
+            hint=f"{_weights_there(stripped)}; to train on from them, use another directory",
         )
     return None
+
+
+def _weights_there(names: Sequence[str]) -> str:
+    return f'restore("best") or restore("{names[0]}") gives the weights back'
+
+
+def _advice(hint: str | None, errors: Sequence[Damaged]) -> str | None:
+    """The hint, and that the tracked objects are undefined, if damaged checkpoints have been read into them in part."""
+    if not any(isinstance(error, Overwritten) for error in errors):
+        return hint
+    told = (
+        "the tracked objects are undefined now, because what is damaged was found when it had been read into them: "
+        "make them anew; where they must survive, call verify() first"
+    )
+    return f"{hint}; {told}" if hint else told
 
 
 def _damaged_unlisted(store: Store, known: Sequence[str]) -> list[Verification]:

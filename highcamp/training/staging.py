@@ -12,6 +12,8 @@ import os
 import threading
 import weakref
 
+from highcamp.run import live
+
 _FILL_BYTES = 64 << 20  # zeroed at once by the background thread; the interpreter is free in between
 
 
@@ -30,6 +32,7 @@ class Staging:
             with contextlib.suppress(AttributeError, OSError):
                 self._map.madvise(getattr(mmap, advice))
         self.view = memoryview(self._map)
+        self._is_pinned = False
         self._ready = threading.Event()
         self._ready.set()
         _blocks.add(self)
@@ -45,6 +48,12 @@ class Staging:
             threading.Thread(target=self._prepare, name="highcamp-staging", daemon=True).start()
         except RuntimeError:  # no more threads: the first save pays for the page faults
             self._ready.set()
+
+    def pin(self) -> None:
+        """Let a device copy to it at full rate, where one is in use; asked again and again, for that may begin later."""
+        if not self._is_pinned and (unpin := live.pin(self.view)) is not None:
+            self._is_pinned = True
+            weakref.finalize(self, unpin)
 
     def wait(self) -> None:
         """Wait until `prepare` has done its work, if it was called."""

@@ -16,20 +16,24 @@ if TYPE_CHECKING:
 
     from highcamp.run.checkpoint import Checkpoint
 
+    Job = Callable[[Callable[[Checkpoint], None]], None]
+    """Commits a checkpoint, hands it over as soon as it is durable, and then does what is left to do."""
+
 
 class Pending:
     """A save under way."""
 
-    def __init__(self, name: str, job: Callable[[], Checkpoint]) -> None:
+    def __init__(self, name: str, job: Job) -> None:
         """job: what commits it, run in a thread of its own by `begin`. name: what is being saved, for messages."""
         self.name = name
+        self._pid = os.getpid()
         self._job = job
         self._result: Checkpoint | None = None
         self._error: BaseException | None = None
         self._was_seen = False
         self._claim = threading.Lock()
         # Not `join`: Ctrl-C within it makes Python 3.11 take a running thread for one that has ended.
-        self._done = threading.Event()
+        self._durable, self._done = threading.Event(), threading.Event()
 
     def begin(self) -> None:
         """Start the thread; if even that is interrupted, the job either runs or never will, and `wait` knows which."""
@@ -40,24 +44,29 @@ class Pending:
         except BaseException as error:
             if self._claim.acquire(blocking=False):
                 self._error, self._was_seen = error, True
-                self._done.set()
+                self._end()
             raise
 
     @property
     def is_done(self) -> bool:
-        """Whether the save has ended, well or not."""
+        """Whether the save and all that follows it has ended, well or not."""
         return self._done.is_set()
+
+    @property
+    def is_of_this_process(self) -> bool:
+        """False in a child that was forked while it was under way: the thread is the parent's."""
+        return self._pid == os.getpid()
 
     def wait(self, timeout: float | None = None) -> Checkpoint:
         """The checkpoint, durable; or the error that kept it from being one. Raises TimeoutError after `timeout` seconds."""
-        if not self._done.wait(timeout):
+        if not self._durable.wait(timeout):
             raise TimeoutError(f"the save of {self.name} is not durable after {timeout} s; it goes on")
+        if self._result is not None:
+            return self._result
         self._was_seen = True
         if self._error is not None:
             raise self._error
-        if self._result is None:
-            raise StorageError(f"the save of {self.name} ended without a result")
-        return self._result
+        raise StorageError(f"the save of {self.name} ended without a result")
 
     def unseen_error(self) -> BaseException | None:
         """Wait for the end, and return an error that nobody has been told of yet; asking counts as being told."""
@@ -70,15 +79,24 @@ class Pending:
         if not self._claim.acquire(blocking=False):
             return
         try:
-            self._result = self._job()
+            self._job(self._acknowledge)
         except BaseException as error:  # noqa: BLE001  (raised again in the thread that asks)
             self._error = error
         finally:
             self._job = _nothing  # lets go of the snapshot
-            self._done.set()
+            self._end()
+
+    def _acknowledge(self, checkpoint: Checkpoint) -> None:
+        """The checkpoint is durable; what the job does from here on, nobody waits for but the next save."""
+        self._result = checkpoint
+        self._durable.set()
+
+    def _end(self) -> None:
+        self._durable.set()
+        self._done.set()
 
 
-def _nothing() -> Checkpoint:
+def _nothing(_: Callable[[Checkpoint], None]) -> None:
     raise StorageError("this save has run already")
 
 
@@ -100,9 +118,10 @@ class Writer:
     @property
     def is_busy(self) -> bool:
         """Whether a save is under way."""
-        return self._pending is not None and not self._pending.is_done
+        pending = self._pending
+        return pending is not None and pending.is_of_this_process and not pending.is_done
 
-    def start(self, name: str, job: Callable[[], Checkpoint]) -> Pending:
+    def start(self, name: str, job: Job) -> Pending:
         """Start a save; the one before must have been drained."""
         self._pending = pending = Pending(name, job)  # ours to wait for before it can be interrupted
         pending.begin()
@@ -118,7 +137,7 @@ class Writer:
         if held is not None:
             return held
         pending = self._pending
-        if pending is None:
+        if pending is None or not pending.is_of_this_process:
             return None
         error = pending.unseen_error()  # after Ctrl-C in here the save goes on, and is still ours to wait for
         self._pending = None
