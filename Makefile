@@ -9,7 +9,7 @@ JOBS   ?= auto
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format clean
+.PHONY: help demo test lint format bench clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,15 +30,19 @@ format: $(VENV)/.test  ## Put the code into its standard form
 	$(BIN)/ruff check --fix-only --exit-zero .
 	$(BIN)/ruff format .
 
+bench: $(VENV)/.bench  ## Measure against the bounds, beside peers and limits: docs/benchmarks.md (ARGS="--quick --out build/benchmarks" to try)
+	$(BIN)/python -m benchmarks --out docs $(ARGS)
+
 clean:  ## Remove everything that make has made
 	rm -rf $(VENV) build dist *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
-	find highcamp tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find benchmarks highcamp tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # An empty file in the environment says which extras are in it. The build tools come from constraints.txt too, and are
 # used as they are installed (--no-build-isolation), so that nothing unpinned is fetched.
 $(VENV)/.demo: EXTRAS := demo
 $(VENV)/.test: EXTRAS := test
-$(VENV)/.demo $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/.python
+$(VENV)/.bench: EXTRAS := bench
+$(VENV)/.demo $(VENV)/.test $(VENV)/.bench: pyproject.toml constraints.txt | $(VENV)/.python
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --upgrade pip setuptools
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[$(EXTRAS)]'
 	@touch $@

@@ -14,7 +14,9 @@ import pytest
 from highcamp.cli.program import COMMANDS
 from highcamp.cli.topics import TOPICS
 
-LISTED = ["demo", "ls", "show", "best", "log", "plot", "verify", "prune", "rm", "undelete", "pin", "unpin", "export"]
+LISTED = [
+    "demo", "ls", "show", "best", "log", "plot", "verify", "prune", "rm", "undelete", "pin", "unpin", "export", "run",
+]  # fmt: skip
 
 
 def test_help_lists_every_command_without_importing_one(start):

@@ -6,10 +6,13 @@ import json
 import shutil
 from pathlib import Path
 
+import msgspec
 import pytest
 
 import highcamp
 from highcamp import Keep
+from highcamp.run.history import SaveCost, append_events, save_event
+from highcamp.run.settings import PaceFacts, read_settings, write_settings
 
 BEST, SECOND, RESUMED, BEFORE_LAST, LAST = (f"step-{step:08d}" for step in (5, 6, 7, 11, 12))
 
@@ -228,7 +231,9 @@ def test_show_tells_the_facts_of_a_run(call, run):
     told = json.loads(call("show", run.path, "--json").out)
     assert told["schema"] == "highcamp.show/1"
     assert told["best"]["name"] == BEST
-    assert told["keep"] == {"best": 2, "last": 2, "every_steps": None, "every_epochs": None}
+    assert told["keep"] == {
+        "best": 2, "last": 2, "every_steps": None, "every_epochs": None, "best_weights_only": False,
+    }  # fmt: skip
 
 
 def test_show_tells_the_facts_of_a_checkpoint(call, run):
@@ -239,6 +244,111 @@ def test_show_tells_the_facts_of_a_checkpoint(call, run):
     assert {file["name"] for file in told["files"]} >= {"model.safetensors", "state.json"}
     assert all(file["digest"].startswith("xxh3-128:") for file in told["files"])
     assert "model.safetensors" in call("show", f"{run.path}@epoch:5").out
+
+
+COST = SaveCost(
+    pause_seconds=0.003, wait_seconds=0.001, durable_seconds=0.6, write_seconds=0.5, interval_seconds=2.0,
+    new_bytes=600_000_000, linked_bytes=1_000_000,
+)  # fmt: skip
+PACE = PaceFacts(
+    overhead=0.01, steps=200, seconds=20.0, because="wear", step_seconds=0.1, cost_seconds=0.02, durable_seconds=0.6,
+    new_bytes=10**9, share=0.001, expected_loss_seconds=10.6, optimal_seconds=58.8, failure_seconds=86400.0,
+)  # fmt: skip
+
+
+@pytest.fixture
+def costly(run):
+    """The run, as if two of its saves were all that are known of: that of its best in attempt 1, that of its last in 2."""
+    for path in Path(run.path, "history").iterdir():
+        lines = path.read_text("utf-8").splitlines(keepends=True)
+        path.write_text("".join(line for line in lines if json.loads(line)["event"] != "save"), "utf-8")
+    for attempt, entry in ((1, run.best), (2, run.last)):
+        event = save_event(entry.name, entry.step, entry.epoch, COST, entry.created_at)
+        append_events(run.store, attempt, 1, [event], durable=True)
+    return highcamp.open(run.path)
+
+
+def _set(run, **fields):
+    write_settings(run.store, msgspec.structs.replace(read_settings(run.store), **fields))
+
+
+def test_show_tells_what_the_saves_have_cost(call, costly):
+    """It answers whether saving slows the training, and how fast this disk is."""
+    facts = dict(row[:2] for row in call("show", costly.path).rows)
+    told = json.loads(call("show", costly.path, "--json").out)
+
+    assert facts["cost of saving"] == "2 saves, pause 3.0 ms each, 1.2 GB/s, 0.2 % of training time"
+    assert told["saving"]["count"] == 2
+    assert told["saving"]["new_bytes"] == 1_200_000_000
+    assert told["saving"]["share"] == pytest.approx(0.002)
+    assert told["saving"]["bytes_per_second"] == 1.2e9
+
+
+def test_show_tells_what_one_save_has_cost(call, costly):
+    """Each save reports itself; one that was never noted shows nothing rather than zeros."""
+    facts = dict(row[:2] for row in call("show", f"{costly.path}@best").rows)
+    told = json.loads(call("show", f"{costly.path}@best", "--json").out)
+
+    assert facts["cost of saving"] == (
+        "pause 3.0 ms, wait 1.0 ms, 0.2 % of the time since the save before; "
+        "durable after 600 ms, 600 MB written, 1.0 MB linked, 1.2 GB/s"
+    )
+    assert told["save"]["pause_seconds"] == 0.003
+    assert told["save"]["linked_bytes"] == 1_000_000
+    assert told["save"]["share"] == pytest.approx(0.002)
+    assert json.loads(call("show", f"{costly.path}@{SECOND}", "--json").out)["save"] is None
+    assert "cost of saving" not in call("show", f"{costly.path}@{SECOND}").out
+
+
+@pytest.mark.parametrize(
+    ("because", "words"),
+    [
+        ("cost", "a save costs the loop 20 ms, and 1 % is allowed"),
+        ("pipe", "a save is durable after 600 ms, and the next one waits for it"),
+        ("wear", "a save writes 1.0 GB, and 50 MB/s on average spare the drive"),
+        ("step", "even that costs no more than 1 %"),
+        ("share", "saving more often has cost more than 1 %"),
+        ("moonlight", "moonlight"),  # a reason of a newer version
+    ],
+)
+def test_show_tells_what_auto_has_chosen_and_why(call, costly, because, words):
+    """A cadence that nobody has set needs a reason."""
+    _set(
+        costly,
+        every="as often as 1 % of the time allows",
+        pace=msgspec.structs.replace(PACE, because=because),
+    )
+
+    facts = dict(row[:2] for row in call("show", costly.path).rows)
+    told = json.loads(call("show", costly.path, "--json").out)
+
+    assert facts["saves"] == "as often as 1 % of the time allows"
+    assert facts["pace"] == f"every 200 steps (20 s): {words}; a crash costs 11 s of work on average"
+    assert told["pace"] == {**msgspec.to_builtins(PACE), "because": because}
+
+
+def test_show_of_another_cadence_has_no_pace(call, costly):
+    """What Every.auto chose in an earlier attempt is not what happens now."""
+    _set(costly, pace=None)
+
+    assert "pace" not in dict(row[:2] for row in call("show", costly.path).rows)
+    assert json.loads(call("show", costly.path, "--json").out)["pace"] is None
+
+
+def test_a_run_of_an_older_version_shows_no_costs(call, run):
+    """Its history has no saves, its run.json no pace; all the rest is there."""
+    for path in [*Path(run.path, "history").iterdir()]:
+        lines = path.read_text("utf-8").splitlines(keepends=True)
+        path.write_text("".join(line for line in lines if '"save"' not in line), "utf-8")
+    settings = Path(run.path, "run.json")
+    settings.write_text(json.dumps({k: v for k, v in json.loads(settings.read_text()).items() if k != "pace"}))
+
+    facts = dict(row[:2] for row in call("show", run.path).rows)
+    told = json.loads(call("show", run.path, "--json").out)
+
+    assert facts["saves"] == "every epoch"
+    assert not {"pace", "cost of saving"} & set(facts)
+    assert (told["pace"], told["saving"]) == (None, None)
 
 
 def test_show_layers_lists_the_tensors(call, run):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 MONITOR = Monitor("val_loss")
 KEEP = Keep(best=1, last=1)
+STRIP = replace(KEEP, best_weights_only=True)
 STORAGE_ERRORS = (StorageError,)
 LOSSES = {1: 0.5, 2: 0.2, 3: 0.4, 4: 0.1, 5: 0.3, 6: 0.25, 7: 0.22}
 """Step -> val_loss; steps 1 and 2 are saved before the fault, the others under it. The best changes at step 4."""
@@ -47,10 +49,12 @@ def state(step: int) -> dict[str, Any]:
 def parts(step: int) -> list[Any]:
     """The same as it is handed to a commit: two objects, one of which has no tensors."""
     flats = {
-        "model": flatten(state(step), live.as_array, where="model"),
+        "model": replace(flatten(state(step), live.as_array, where="model"), weights=True),
         "schedule": flatten({"rate": 1 / step}, live.as_array, where="schedule"),
     }
-    return Snapshot().take(flats)
+    shot = Snapshot().take(flats)
+    shot.fill()
+    return shot.parts
 
 
 def begin(store: Store, keep: Keep = KEEP) -> OngoingAttempt:
@@ -70,7 +74,7 @@ def save(attempt: OngoingAttempt, step: int, loss: float | None = None) -> Check
     loss = LOSSES[step] if loss is None else loss
     attempt.log(step, step, {"val_loss": loss})
     manifest = attempt.manifest(step=step, epoch=step, batch=0, metrics={"val_loss": loss}, versions={})
-    return attempt.commit(manifest, parts(step))
+    return attempt.commit(manifest, parts(step))[0]
 
 
 class Diary:
@@ -116,10 +120,12 @@ def prepare(store: Store, diary: Diary) -> None:
     attempt.end("complete", 2, 2)
 
 
-def work(store: Store, diary: Diary, errors: tuple[type[BaseException], ...] = STORAGE_ERRORS) -> None:
+def work(
+    store: Store, diary: Diary, errors: tuple[type[BaseException], ...] = STORAGE_ERRORS, *, keep: Keep = KEEP
+) -> None:
     """An attempt that saves, prunes, pins, removes and brings back; what fails is gone over, as with on_error="warn"."""
     try:
-        attempt = begin(store)
+        attempt = begin(store, keep)
     except errors:
         return
     run = attempt.run
@@ -164,7 +170,10 @@ def look(store: Store, diary: Diary, *, hides_drafts: bool = True) -> Run:
         tree = entry.state("model")
         assert tree.keys() == state(entry.step).keys()
         assert all(np.array_equal(tree[key], value) for key, value in state(entry.step).items()), entry.name
-        assert entry.state("schedule") == {"rate": 1 / entry.step}
+        if entry.manifest.is_weights_only:
+            assert entry.objects == ("model",)
+        else:
+            assert entry.state("schedule") == {"rate": 1 / entry.step}
         assert entry.metrics == {"val_loss": LOSSES.get(entry.step, 0.05)}
     if hides_drafts:
         assert run.unreadable == [], f"half of a save is seen: {run.unreadable}"
@@ -179,12 +188,14 @@ def _look_at_acknowledged(run: Run, listed: dict[str, Checkpoint], diary: Diary)
         return
     best = min(saved, key=lambda name: (saved[name][1], saved[name][0]))
     last = max(saved, key=lambda name: saved[name])
-    assert best in listed, f"the best, {best}, is gone; there are {sorted(listed)}"
+    found = [entry.name for entry in listed.values() if entry.step == saved[best][0]]  # or its weights alone
+    assert found, f"the best, {best}, is gone; there are {sorted(listed)}"
     assert last in listed, f"the last, {last}, is gone; there are {sorted(listed)}"
     assert run.best is not None
     assert run.last is not None
     assert run.best.metrics["val_loss"] <= saved[best][1], "a worse one is the best now"
     assert run.last.step >= saved[last][0]
+    assert not run.last.manifest.is_weights_only
     assert set(pins.values()) <= set(listed), "a pinned checkpoint is gone"
     if run.resumed_from is not None:
         assert run.resumed_from in listed, "the checkpoint resumed from is gone"
@@ -202,11 +213,13 @@ def leftovers(store: Store) -> list[str]:
     ]
 
 
-def start_again(store: Store, diary: Diary, *, hides_drafts: bool = True) -> None:
+def start_again(store: Store, diary: Diary, *, hides_drafts: bool = True, keep: Keep = KEEP) -> None:
     """The next process: it takes the run over, sweeps, saves, prunes and ends; assert that all of it works."""
-    attempt = begin(store)
+    attempt = begin(store, keep)
     try:
         assert [path for path in leftovers(store) if path != "/owner.json"] == [], "not swept"
+        if keep.best_weights_only:
+            _finish_stripping(attempt)
         entry = save(attempt, 8, 0.05)
         diary.note(f"saved {entry.name} 8 0.05")
         look(store, diary, hides_drafts=hides_drafts)
@@ -220,13 +233,28 @@ def start_again(store: Store, diary: Diary, *, hides_drafts: bool = True) -> Non
     assert len({row.number for row in run.history.attempts}) == len(run.history.attempts)
 
 
+def _finish_stripping(attempt: OngoingAttempt) -> None:
+    """The next prune goes on where the one before died: of a best that nothing else keeps, only the weights are left."""
+    run = attempt.run
+    before = run.best
+    attempt.prune()
+    best = run.best
+    assert all(entry.verify().ok for entry in run.checkpoints)
+    assert best is not None
+    assert before is not None
+    assert best.step == before.step
+    assert len([entry for entry in run.checkpoints if entry.step == best.step]) == 1
+    others = {run.resumed_from, *run.pins.values(), run.last.name if run.last else None}
+    assert best.manifest.is_weights_only or best.name in others
+
+
 STORES: dict[str, Callable[[Path, int], Store]] = {
     "memory": lambda _, n: MemoryStore(str(n)),
     "local": lambda place, n: LocalStore(place / str(n)),
 }
 
 
-def fail_at_each(make_store: Callable[[int], Store], *, torn: bool, forever: bool) -> list[str]:
+def fail_at_each(make_store: Callable[[int], Store], *, torn: bool, forever: bool, keep: Keep = KEEP) -> list[str]:
     """Fail operation 1, 2, 3, … of the work and look after each; returns the operations of the run that went through."""
     for n in itertools.count(1):
         real, diary = make_store(n), Diary()
@@ -234,9 +262,9 @@ def fail_at_each(make_store: Callable[[int], Store], *, torn: bool, forever: boo
         prepare(real, diary)
         store = FaultyStore(real, fail_at=n, torn=torn, forever=forever)
         try:
-            work(store, diary)
+            work(store, diary, keep=keep)
             look(real, diary, hides_drafts=hides_drafts)
-            start_again(real, diary, hides_drafts=hides_drafts)
+            start_again(real, diary, hides_drafts=hides_drafts, keep=keep)
         except Exception as problem:
             what = store.operations[n - 1] if store.failed else "nothing"
             problem.add_note(f"after operation {n} had failed ({what}); {'; '.join(diary.lines)}")

@@ -44,9 +44,12 @@ class Nursery:
         self.process.stdin.write(f"{line}\n")
         self.process.stdin.flush()
 
-    def run(self, directory, diary, *, inject=None, log=None, after_seconds=None):
-        """One child's work; returns how it ended. inject: for strace. log: strace's. after_seconds: SIGKILL then."""
-        self._say(f"{directory} {diary}")
+    def run(self, directory, diary, *, inject=None, log=None, after_seconds=None, strips=False):
+        """One child's work; returns how it ended. inject: for strace. log: strace's. after_seconds: SIGKILL then.
+
+        strips: whether a best gives back its resume state.
+        """
+        self._say(f"{directory} {diary}{' strip' if strips else ''}")
         child = int(self.process.stdout.readline())
         tracer = None
         if inject or log:

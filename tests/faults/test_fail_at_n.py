@@ -29,6 +29,22 @@ def test_a_failure_anywhere_loses_nothing_acknowledged(place, kind, torn, foreve
     assert words == {"create", "draft", "publish", "withdraw", "remove", "replace", "append"}
 
 
+@pytest.mark.parametrize("forever", [False, True], ids=["once", "for_ever"])
+@pytest.mark.parametrize("torn", [False, True], ids=["clean", "torn"])
+@pytest.mark.parametrize("kind", scene.STORES)
+def test_a_failure_while_a_best_gives_back_its_resume_state(place, kind, torn, forever):
+    """Its weights are committed anew before it goes: at no moment may the best be in neither of the two."""
+    operations = scene.fail_at_each(
+        lambda n: scene.STORES[kind](place, n), torn=torn, forever=forever, keep=scene.STRIP
+    )
+
+    copied = [operation for operation in operations if "step-00000004.2" in operation]
+    assert [operation.split()[0] for operation in copied][:5] == ["draft", "link", "create", "create", "publish"]
+    assert operations.index(copied[4]) < next(
+        n for n, operation in enumerate(operations) if operation.startswith("withdraw checkpoints/step-00000004 ")
+    )
+
+
 @pytest.mark.parametrize("kind", scene.STORES)
 def test_clean_up_on_base_exception(place, kind):
     """Ctrl-C and the panics of foreign libraries are no Exceptions; half a save must not stay behind either."""

@@ -10,9 +10,9 @@ import pytest
 
 import highcamp
 from highcamp.core.manifest import File, Manifest, Object
-from highcamp.run.history import Event
+from highcamp.run.history import Event, SaveCost
 from highcamp.run.owner import Owner
-from highcamp.run.settings import Settings
+from highcamp.run.settings import PaceFacts, Settings
 
 ROOT = Path(highcamp.__file__).parents[1]
 FORMAT = (ROOT / "docs/format.md").read_text("utf-8")
@@ -38,9 +38,11 @@ def test_the_format_page_lists_every_field(heading):
     assert listed == {field.encode_name for field in msgspec.structs.fields(struct)} | added
 
 
-def test_the_format_page_lists_the_entries_of_files_and_objects():
-    """As above, for what lies inside the manifest."""
-    names = {field.encode_name for struct in (File, Object) for field in msgspec.structs.fields(struct)}
+def test_the_format_page_lists_the_entries_of_what_lies_inside():
+    """As above, for what lies inside the manifest, an event or the settings."""
+    names = {
+        field.encode_name for struct in (File, Object, SaveCost, PaceFacts) for field in msgspec.structs.fields(struct)
+    }
 
     assert {name for name in names if f"`{name}`" not in FORMAT} == set()
 

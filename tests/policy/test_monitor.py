@@ -109,6 +109,32 @@ def test_rank_is_best_of_the_rest_again_and_again(mode, min_delta):
             rest.remove(each)
 
 
+@pytest.mark.parametrize("min_delta", [0.0, 0.01, 0.1, 3.0])
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_the_order_of_many_is_the_one_of_the_definition(mode, min_delta):
+    """Thousands are ranked without comparing each with each, and nobody's place may depend on that."""
+    random = np.random.default_rng(11)
+    monitor = Monitor("val_loss", mode, min_delta)
+    for values in (
+        random.normal(0, 0.2, 150),
+        random.integers(0, 40, 150) / 100,
+        np.arange(60) / 50,
+        -np.arange(60) / 50,
+    ):
+        made = candidates(*values.tolist())
+        rest, expected = list(made), []
+        while rest:
+            leader = rest[0]
+            for each in rest:
+                if monitor.is_better(each.metrics["val_loss"], leader.metrics["val_loss"]):
+                    leader = each
+            rest.remove(leader)
+            expected.append(leader.name)
+
+        assert names(monitor.rank(made)) == expected
+        assert names(monitor.ranking(made)) == expected
+
+
 def test_is_better_is_strict():
     """Equal is not better, and no comparison with NaN blocks what comes after it."""
     low, high = Monitor("val_loss"), Monitor("val_acc", min_delta=0.5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from dataclasses import replace
 
 import numpy as np
 from hypothesis import HealthCheck, Phase, settings
@@ -20,7 +21,7 @@ from hypothesis.stateful import (
 )
 
 import highcamp
-from highcamp import CheckpointNotFound, Every, Keep, Monitor, Refused, StorageError
+from highcamp import CheckpointNotFound, Every, Keep, Monitor, Refused, RunLocked, StorageError
 from highcamp.core.tree import flatten
 from highcamp.run import commit, live
 from highcamp.run.attempt import OngoingAttempt
@@ -30,20 +31,26 @@ from highcamp.testing import FaultyStore
 from highcamp.training.snapshot import Snapshot
 
 LOSSES = st.sampled_from([0.1, 0.2, 0.3, 0.4, 0.5, math.nan, math.inf, None])
-KEEPS = st.builds(Keep, best=st.integers(0, 2), last=st.integers(1, 3))
+KEEPS = st.builds(Keep, best=st.integers(0, 2), last=st.integers(1, 3), best_weights_only=st.booleans())
 MONITOR = Monitor("val_loss")
 
 
 class Entry:
     """What the model knows of a checkpoint."""
 
-    def __init__(self, step, sequence, loss):
+    def __init__(self, step, sequence, loss, origin=None):
         self.step, self.sequence, self.loss = step, sequence, loss
+        self.origin = origin or self  # whose weights it holds, alone if it is another's
+
+    @property
+    def is_whole(self):
+        """Whether it is no other's weights."""
+        return self.origin is self
 
     @property
     def order(self):
         """What checkpoints are ordered by."""
-        return (self.step, self.sequence)
+        return (self.step, self.origin.sequence, self.sequence)
 
     @property
     def is_ranked(self):
@@ -92,8 +99,9 @@ class RunMachine(RuleBasedStateMachine):
         return min(ranked, key=lambda name: (self.there[name].loss, self.there[name].order), default=None)
 
     def last(self):
-        """The greatest (step, sequence)."""
-        return max(self.there, key=lambda name: self.there[name].order, default=None)
+        """The greatest (step, sequence) of those that can be resumed from."""
+        whole = [name for name in self.there if self.there[name].is_whole]
+        return max(whole, key=lambda name: self.there[name].order, default=None)
 
     def protected(self):
         """Never removed."""
@@ -102,13 +110,47 @@ class RunMachine(RuleBasedStateMachine):
         )
 
     def kept(self, keep):
-        """What a policy keeps."""
+        """What a policy keeps, and of which of that it keeps the weights alone."""
+        first = {}  # of each state
+        for name in sorted(self.there, key=lambda name: self.there[name].order):
+            first.setdefault(self.there[name].origin, name)
+        counted = list(first.values())
         ranked = sorted(
-            (name for name, entry in self.there.items() if entry.is_ranked),
+            (name for name in counted if self.there[name].is_ranked),
             key=lambda name: (self.there[name].loss, self.there[name].order),
-        )
-        newest = sorted(self.there, key=lambda name: self.there[name].order, reverse=True)
-        return self.protected() | set(ranked[: keep.best]) | set(newest[: keep.last])
+        )[: max(keep.best, 1)]
+        newest = [name for name in counted if self.there[name].is_whole][-keep.last :]
+        held = {*newest, *({self.resumed_from, *self.pinned.values()} & set(self.there))}
+        kept, strip = held | set(ranked), set()
+        for name in ranked if keep.best_weights_only else ():
+            taken = [other for other in self.weights_of(name) if other in self.there]
+            if name in held or not self.there[name].is_whole:
+                continue
+            if taken:
+                kept = kept - {name} | {taken[0]}
+            else:
+                strip.add(name)
+        return kept, strip
+
+    def weights_of(self, name):
+        """The checkpoints that hold the weights of another one alone, in their order."""
+        found = [other for other, entry in self.there.items() if entry.origin is self.there[name].origin]
+        return sorted((other for other in found if other != name), key=lambda other: self.there[other].order)
+
+    def stripped(self, names):
+        """Take the names and sequences that the weights have been given from the disk, and put them in the place of all."""
+        now = {entry.name: entry for entry in Run(self.real).checkpoints}
+        for name in sorted(names, key=lambda name: self.there[name].order):
+            old = self.there[name]
+            (new,) = [
+                entry for entry in now.values()
+                if entry.manifest.is_weights_only and entry.manifest.weights_of == old.sequence
+                and entry.step == old.step and entry.sequence > self.sequence
+            ]  # fmt: skip
+            self.sequence = new.sequence
+            if name not in now or now[name].manifest.sequence != old.sequence:
+                del self.there[name]
+            self.there[new.name] = Entry(old.step, new.sequence, old.loss, old)
 
     def of_this_step(self):
         """Every checkpoint of this step, those in the trash too."""
@@ -119,9 +161,11 @@ class RunMachine(RuleBasedStateMachine):
 
     def capture(self):
         """A state that tells the step."""
-        return Snapshot().take(
-            {"model": flatten({"kernel": np.full(3, self.step)}, live.as_array, where="model")}
-        )  # fmt: skip
+        model = flatten({"kernel": np.full(3, self.step)}, live.as_array, where="model")
+        optimizer = flatten({"moments": np.full(6, self.step)}, live.as_array, where="optimizer")
+        shot = Snapshot().take({"model": replace(model, weights=True), "optimizer": optimizer})
+        shot.fill()
+        return shot.parts
 
     def commit(self, store, loss):
         """Log and commit the state of this step through `store`."""
@@ -132,7 +176,7 @@ class RunMachine(RuleBasedStateMachine):
                 self.attempt.log(self.step, self.step, metrics)
             self.sequence += 1
             manifest = self.attempt.manifest(step=self.step, epoch=self.step, batch=0, metrics=metrics, versions={})
-            return self.attempt.commit(manifest, self.capture())
+            return self.attempt.commit(manifest, self.capture())[0]
         finally:
             self.attempt._store = self.real
 
@@ -154,17 +198,24 @@ class RunMachine(RuleBasedStateMachine):
     @rule(keep=KEEPS)
     def prune_by_training(self, keep):
         """For good."""
-        kept = self.kept(keep)
+        kept, strip = self.kept(keep)
         self.attempt._keep = keep
         removed = self.attempt.prune()
-        assert set(removed) == set(self.there) - kept
+        assert set(removed) == set(self.there) - kept | strip
         self.there = {name: entry for name, entry in self.there.items() if name in kept}
+        self.stripped(strip)
 
     @rule(keep=KEEPS, dry_run=st.booleans())
     def prune_by_hand(self, keep, dry_run):
         """To the trash."""
-        kept = self.kept(keep)
+        kept, strip = self.kept(keep)
+        if strip and not dry_run:  # it would write beside the attempt that is under way
+            with contextlib.suppress(RunLocked):
+                highcamp.open(self.real).prune(keep)
+                raise AssertionError("two have written")
+            return
         plan = highcamp.open(self.real).prune(keep, dry_run=dry_run)
+        assert set(plan.strip) == strip
         assert set(plan.keep) == kept
         assert set(plan.remove) == set(self.there) - kept
         if not dry_run:
@@ -242,7 +293,7 @@ class RunMachine(RuleBasedStateMachine):
     def crash(self, loss, keep, at, torn):
         """The process dies at some operation of a save and a prune, and the next one begins."""
         self.step += 1
-        before, kept_before = dict(self.there), self.kept(keep)
+        before, kept_before, sequence = dict(self.there), self.kept(keep)[0], self.sequence + 1
         store = FaultyStore(self.real, fail_at=at, torn=torn, forever=True)
         name = None
         with contextlib.suppress(StorageError):
@@ -253,16 +304,22 @@ class RunMachine(RuleBasedStateMachine):
 
         self.start()
         now = {entry.name: entry for entry in self.attempt.run.checkpoints}
-        new = set(now) - set(before)
-        assert len(new) <= 1
+        same = {known for known in set(before) & set(now) if before[known].sequence == now[known].sequence}
+        new = sorted(set(now) - same, key=lambda added: now[added].sequence)
+        assert len([added for added in new if not now[added].manifest.is_weights_only]) <= 1
         assert name is None or name in now, "acknowledged, and gone"
+        gone = set(before) - same
         for added in new:
-            self.there[added] = Entry(self.step, self.sequence, loss)
-        gone = set(before) - set(now)
-        assert not gone & self.protected()
+            of = [each for each in before.values() if each.order[:2] == now[added].manifest.order[:2]]
+            if now[added].manifest.is_weights_only:
+                self.there[added] = Entry(of[0].step, now[added].sequence, of[0].loss, of[0].origin)
+            else:
+                self.there[added] = Entry(self.step, sequence, loss)
+        survived = {self.there[known].origin for known in [*same, *new]}
+        assert {before[known].origin for known in self.protected() & gone - {*new}} <= survived
         assert not gone or name is not None, "removed before the new one was there"
-        assert name is not None or set(now) >= kept_before
-        self.there = {known: entry for known, entry in self.there.items() if known in now}
+        assert name is not None or same >= kept_before
+        self.there = {known: entry for known, entry in self.there.items() if known in same or known in new}
         self.sequence = max((entry.sequence for entry in self.there.values()), default=0)
 
     # What must hold
@@ -280,6 +337,8 @@ class RunMachine(RuleBasedStateMachine):
         assert sorted(run.trash.values()) == sorted(name for name, _ in self.trash)
         for entry in run.checkpoints:
             assert entry.verify().ok
+            assert entry.manifest.is_weights_only == (not self.there[entry.name].is_whole)
+            assert entry.objects == (("model", "optimizer") if self.there[entry.name].is_whole else ("model",))
             assert entry.state("model")["kernel"][0] == self.there[entry.name].step
 
 

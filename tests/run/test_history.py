@@ -11,11 +11,14 @@ import pytest
 from highcamp.run.history import (
     Event,
     HistoryReader,
+    SaveCost,
     append_events,
     attempt_numbers,
     format_time,
     log_event,
     parse_time,
+    save_event,
+    total_cost,
 )
 from highcamp.storage.memory import MemoryStore
 
@@ -209,3 +212,101 @@ def test_times_are_utc():
     assert parse_time(format_time(there)) == datetime(2026, 1, 31, 8, 0, 0, 123000, tzinfo=UTC)
     for text in ("", "yesterday", "2026-13-01T00:00:00Z", "9" * 400):
         assert parse_time(text).year == 1970
+
+
+COST = SaveCost(
+    pause_seconds=0.003, wait_seconds=0.001, durable_seconds=0.6, write_seconds=0.5, interval_seconds=2.0,
+    new_bytes=1_000_000, linked_bytes=7,
+)  # fmt: skip
+
+
+def test_what_a_save_has_cost_comes_back(store):
+    """A number that changes on its way through the file is another cost."""
+    _write(store, 1, _start(1), save_event("step-00000005", 5, 1, COST, NOW))
+
+    (save,) = HistoryReader(store).read().saves
+
+    assert (save.attempt, save.checkpoint, save.step, save.epoch, save.at) == (1, "step-00000005", 5, 1, NOW)
+    assert save.cost == COST
+    assert (save.cost.bytes_per_second, save.cost.share) == (2_000_000, 0.002)
+
+
+def test_a_save_is_no_row_of_metrics(store):
+    """It would be an epoch without metrics in every table, and hide the metrics of its step from ranking."""
+    rows = (_row(5, 1, loss=0.5), _row(6, 2, loss=0.25))
+    _write(store, 1, _start(1), *rows)
+    without = HistoryReader(store).read()
+    _write(store, 1, save_event("step-00000005", 5, 1, COST, NOW), save_event("step-00000006", 6, 2, COST, NOW))
+
+    history = HistoryReader(store).read()
+
+    assert (history.all_rows, history.epochs(), history.metrics) == (without.all_rows, without.epochs(), ["loss"])
+    assert history.at_checkpoint("step-00000005", 1, 5) == {"loss": 0.5}
+
+
+def test_a_history_without_saves_still_reads(store):
+    """Runs of an older version have noted none."""
+    _write(store, 1, _start(1), _row(1, 1, loss=1))
+
+    history = HistoryReader(store).read()
+
+    assert history.saves == ()
+    assert history.save_of("step-00000001", 1) is None
+
+
+def test_the_cost_of_a_checkpoint_is_that_of_its_own_attempt(store):
+    """A name is given again after a restart: step 5 of one attempt and step 5 of another are two saves."""
+    other = SaveCost(pause_seconds=9.0)
+    _write(store, 1, _start(1), save_event("step-00000005", 5, 1, COST, NOW))
+    _write(store, 2, _start(2), save_event("step-00000005", 5, 1, other, NOW))
+
+    history = HistoryReader(store).read()
+
+    assert history.save_of("step-00000005", 1).cost == COST
+    assert history.save_of("step-00000005", 2).cost == other
+    assert history.save_of("step-00000006", 2) is None
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"event":"save","at":"","checkpoint":"a","cost":{"pause_seconds":-1.0}}',
+        b'{"event":"save","at":"","checkpoint":"a","cost":{"pause_seconds":1e308}}',
+        b'{"event":"save","at":"","checkpoint":"a","cost":{"new_bytes":-1}}',
+        b'{"event":"save","at":"","checkpoint":"a","cost":{"new_bytes":18446744073709551615}}',
+        b'{"event":"save","at":"","checkpoint":"a","cost":3}',
+        b'{"event":"save","at":"","checkpoint":"a"}',
+        b'{"event":"save","at":"","cost":{}}',
+    ],
+)
+def test_a_cost_that_cannot_be_is_passed_over(store, line):
+    """One wrong line would turn every total into nonsense."""
+    _write(store, 1, _start(1), save_event("step-00000005", 5, 1, COST, NOW))
+    store.append("history/attempt-0001.jsonl", line + b"\n", durable=False)
+
+    assert [save.cost for save in HistoryReader(store).read().saves] == [COST]
+
+
+def test_costs_add_up():
+    """The total of a run is what its summary tells."""
+    total = total_cost([COST, COST])
+
+    assert (total.pause_seconds, total.new_bytes, total.interval_seconds) == (0.006, 2_000_000, 4.0)
+    assert (total.bytes_per_second, total.share) == (2_000_000, 0.002)
+    assert (total_cost([]).bytes_per_second, total_cost([]).share) == (None, None)
+
+
+@pytest.mark.parametrize("cost", [SaveCost(), SaveCost(new_bytes=5), SaveCost(new_bytes=5, write_seconds=5e-324)])
+def test_no_rate_without_a_time(cost):
+    """Everything was linked, or a clock stood still: infinitely fast is no rate, and no JSON."""
+    assert (cost.bytes_per_second, cost.share) == (None, None)
+
+
+def test_an_attempt_was_last_heard_of_with_its_last_event(store):
+    """How long a killed attempt has lived is known by nothing else."""
+    later = NOW + timedelta(hours=3)
+    _write(store, 1, _start(1), _row(1, 1, loss=1), save_event("step-00000005", 5, 1, COST, later))
+
+    (attempt,) = HistoryReader(store).read().attempts
+
+    assert (attempt.started_at, attempt.last_at) == (NOW, later)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import random
 
 import msgspec
 import pytest
 import xxhash
 
+from highcamp.core import strict
 from highcamp.core.manifest import File, Manifest, Object, decode, encode, join_metrics, split_metrics
 from highcamp.errors import Damaged, Unreadable
 
@@ -47,7 +49,7 @@ def test_a_manifest_comes_back():
 
     assert found == manifest
     assert repr(found.values) == repr({"val_loss": 0.1 + 0.2, "loss": math.nan, "grad": -math.inf, "tiny": 5e-324})
-    assert found.order == (450, 9)
+    assert found.order == (450, 9, 9)
 
 
 def test_encoding_is_canonical():
@@ -112,18 +114,108 @@ def test_fields_of_a_newer_minor_version_are_passed_over():
     assert decode(_edited(healthy=True), where="m").step == 450
 
 
-@pytest.mark.parametrize(
-    ("name", "data"),
-    {
-        "duplicate key": encode(_manifest()).replace(b'"step": 450', b'"step": 450, "step": 7'),
-        "nan": encode(_manifest()).replace(b'"loss": null', b'"loss": NaN'),
-        "infinite": encode(_manifest()).replace(b'"tiny": 5e-324', b'"tiny": 1e999'),
-    }.items(),
-)  # fmt: skip
-def test_what_another_hand_has_signed_is_read_strictly(name, data):
+def _body(manifest):
+    return encode(manifest)[: encode(manifest).rindex(b',\n  "digest"')] + b"\n}"
+
+
+FORGED = {
+    "duplicate key": (b'"step": 450', b'"step": 450, "step": 7'),
+    "the same entry twice": (b'"step": 450,\n', b'"step": 450,\n  "step": 450,\n'),
+    "one instead of another": (b'"batch": 2', b'"step": 450'),
+    "a metric twice": (b'"tiny": 5e-324', b'"tiny": 1.0,\n    "tiny": 5e-324'),
+    "a size twice": (b'"size": 80', b'"size": 80,\n      "size": 81'),
+    "an object twice": (b'"progress": {', b'"model": {},\n    "progress": {'),
+    "a version twice": (b'"highcamp": "0.1.0"', b'"highcamp": "0.2.0", "highcamp": "0.1.0"'),
+    "twice where nobody looks": (b'"step": 450', b'"step": 450, "new": {"a": 1, "a": 2}'),
+    "nan": (b'"loss": null', b'"loss": NaN'),
+    "infinite": (b'"tiny": 5e-324', b'"tiny": 1e999'),
+    "infinite where nobody looks": (b'"step": 450', b'"step": 450, "new": 1e999'),
+    "a line end in a string": (b"0123456789abcdef", b"0123456\n789abcdef"),
+    "a tab in a string": (b"0123456789abcdef", b"0123456\t789abcdef"),
+    "half of a pair": (b"0123456789abcdef", b"0123456\\ud800789abcdef"),
+    "a digit too many": (b'"step": 450', b'"step": 0450'),
+    "a comma too many": (b'"step": 450,', b'"step": 450,,'),
+    "a blank in a number": (b'"step": 450', b'"step": 4 50'),
+    "a blank in a word": (b'"loss": null', b'"loss": nu ll'),
+}
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_what_another_hand_has_signed_is_read_strictly(name):
     """Two readers would find two steps in one file."""
+    body = _body(_manifest())
+    forged = body.replace(*FORGED[name])
+    assert forged != body
+
     with pytest.raises(Damaged):
-        decode(_signed(data.partition(b',\n  "digest"')[0] + b"\n}"), where="m")
+        decode(_signed(forged), where="m")
+
+
+@pytest.mark.parametrize("manifest", [_manifest(), _manifest(versions={"a": "b"})], ids=["blanks in strings", "none"])
+def test_another_spelling_of_the_same_facts_is_read(manifest):
+    """Other tools may write manifests, with other blanks and orders; what they say counts, not how it looks."""
+    document = json.loads(_body(manifest))
+    bodies = [
+        json.dumps(document, separators=(",", ":")), json.dumps(document, indent="\t"), json.dumps(document, indent=2),
+        json.dumps(dict(reversed(document.items())), indent=2), json.dumps(document, indent=2, ensure_ascii=False),
+    ]  # fmt: skip
+
+    for body in bodies:
+        whole = body.removesuffix("}").rstrip() + "\n}"
+        assert decode(_signed(whole.encode()), where="m") == manifest
+
+
+def test_nothing_is_read_that_a_strict_reader_refuses():
+    """The fast reader forgives much; in 4,000 files that a forger or a bug could have signed it must not once be believed."""
+    chance = random.Random(20260131)
+    bits = [
+        b'"',
+        b",",
+        b"0",
+        b"1e999",
+        b"NaN",
+        b"{}",
+        b'"step": 7,',
+        b"\\ud800",
+        b"\n",
+        b"\x01",
+        b"\xff",
+        b" ",
+        b"-",
+        b"e0",
+    ]
+    read = 0
+    for _ in range(4000):
+        lines = _body(_manifest()).split(b"\n")
+        entries = [line for line in lines if b'": ' in line and not line.endswith((b"{", b"["))]
+        for _ in range(chance.randint(1, 2)):
+            lines.insert(chance.randrange(1, len(lines) - 1), chance.choice(entries).rstrip(b",") + b",")
+        if chance.random() < 0.3:
+            del lines[chance.randrange(1, len(lines) - 1)]
+        body = b"\n".join(lines)
+        if chance.random() < 0.5:
+            at = chance.randrange(1, len(body) - 2)
+            body = body[:at] + chance.choice(bits) + body[at + chance.randrange(2) :]
+        try:
+            manifest = decode(_signed(body), where="m")
+        except Damaged:
+            continue
+        read += 1
+        document = strict.read(body, where="m", limit=len(body))
+        assert (manifest.step, manifest.metrics) == (document["step"], document.get("metrics", {}))
+    assert read > 20
+
+
+def test_a_good_manifest_vouches_for_no_other():
+    """The names in a manifest are mostly those of the one before; that must not let a bad one pass."""
+    good, digests = _manifest(), {"digest": DIGEST, "size": 1}
+    for _ in range(2):
+        assert decode(encode(good), where="m") == good
+        for files in ([{"name": "../x", **digests}], [{"name": "a", "size": 1, "digest": "md5:0"}]):
+            with pytest.raises(Damaged, match="not allowed|no digest"):
+                decode(_edited(files=files, objects={}), where="m")
+        with pytest.raises(Damaged, match="object file 'model.safetensors' is not listed"):
+            decode(_edited(files=[]), where="m")
 
 
 @pytest.mark.parametrize(

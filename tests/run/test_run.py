@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from datetime import UTC, datetime
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -22,6 +24,8 @@ from highcamp import (
     RunNotFound,
     Unreadable,
 )
+from highcamp.core.manifest import decode, encode
+from highcamp.run.history import append_events, log_event
 from highcamp.storage.memory import MemoryStore
 
 NAMES = ["step-00000010", "step-00000020", "step-00000030", "step-00000040"]
@@ -31,7 +35,12 @@ class ReadOnly:
     """A store that cannot be written to: whatever is not reading is an error."""
 
     def __init__(self, store):
-        self.url, self.list, self.size, self.read, self.open = store.url, store.list, store.size, store.read, store.open
+        self.inner, self.url, self.list, self.open = store, store.url, store.list, store.open
+        self.read, self.read_each = store.read, store.read_each
+
+    def size(self, path):
+        """Pass on."""
+        return self.inner.size(path)
 
     def publish(self, *_):
         """Not for a reader."""
@@ -368,3 +377,167 @@ def test_a_run_looks_again(run, where):
 
     assert run.best.epoch == 4
     assert math.isclose(run.best.metrics["val_loss"], 0.3)
+
+
+def _facts(run):
+    return [(entry.name, entry.manifest, repr(entry.metrics)) for entry in run.checkpoints], run.unreadable
+
+
+def _damaged(data):
+    return data.replace(b'"epoch": 2', b'"epoch": 7')
+
+
+def _swapped(file, data):
+    """Another file takes the name, of the same size, and as old as the first."""
+    before = file.stat()
+    other = file.with_name("other")
+    other.write_bytes(data)
+    os.utime(other, ns=(before.st_atime_ns, before.st_mtime_ns))
+    other.replace(file)
+
+
+def _made_large(file):
+    os.truncate(file, 1 << 40)
+
+
+def _made_fifo(file):
+    file.unlink()
+    os.mkfifo(file)
+
+
+def _made_directory(file):
+    file.unlink()
+    file.mkdir()
+
+
+def _made_link(file):
+    file.replace(file.with_name("aside"))
+    file.symlink_to("aside")
+
+
+CHANGES = {
+    "a manifest damaged in place": lambda file: file.write_bytes(_damaged(file.read_bytes())),
+    "a manifest replaced by a damaged one": lambda file: _swapped(file, _damaged(file.read_bytes())),
+    "a manifest with a byte more": lambda file: file.write_bytes(file.read_bytes() + b"\n"),
+    "a manifest cut short": lambda file: os.truncate(file, 100),
+    "an empty manifest": lambda file: os.truncate(file, 0),
+    "a huge manifest": _made_large,
+    "no manifest": lambda file: file.unlink(),
+    "a FIFO": _made_fifo,
+    "a directory": _made_directory,
+    "a link": _made_link,
+    "the manifest of another one": lambda file: shutil.copy(file.parent.parent / NAMES[2] / file.name, file),
+    "no checkpoint": lambda file: shutil.rmtree(file.parent),
+    "a short file": lambda file: os.truncate(file.with_name("model.safetensors"), 5),
+    "a long file": lambda file: os.truncate(file.with_name("model.safetensors"), 1 << 20),
+    "no file": lambda file: file.with_name("model.safetensors").unlink(),
+}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changes_between_two_questions_is_seen(run, where, change):
+    """What is remembered from one question to the next saves time; it must never be the answer."""
+    assert (run.best.epoch, run.last.epoch) == (2, 4)
+    assert run.plan(Keep(best=1, last=1)).remove == run.doomed(Keep(best=1, last=1)).remove == (NAMES[0], NAMES[2])
+
+    CHANGES[change](where / "checkpoints" / NAMES[1] / "manifest.json")
+
+    assert (run.best.epoch, run.last.epoch) == (4, 4)
+    assert _facts(run) == _facts(highcamp.open(where))
+    assert run.plan(Keep(best=1, last=1)).remove == run.doomed(Keep(best=1, last=1)).remove
+    is_whole = change == "the manifest of another one"  # it then is a second copy of that one
+    assert (NAMES[1] in run.plan(Keep(best=1, last=1)).remove) == is_whole
+
+
+def test_a_manifest_written_anew_is_read_anew(run, where):
+    """The same name, the same size, the same times, another value: the old one must not rank it."""
+    file = where / "checkpoints" / NAMES[0] / "manifest.json"
+    manifest = decode(file.read_bytes(), where="")
+    assert run.best.epoch == 2
+    better = msgspec.structs.replace(manifest, metrics={**manifest.metrics, "val_loss": 0.1})
+    _swapped(file, encode(better))
+
+    assert (run.best.epoch, run.best.metrics["val_loss"]) == (1, 0.1)
+    run.best.metrics["val_loss"] = 0.9
+    assert run.best.metrics["val_loss"] == 0.1
+    _swapped(file, encode(manifest))
+    assert (run.best.epoch, run.checkpoints[0].metrics["val_loss"]) == (2, 0.5)
+
+
+def test_what_is_given_out_can_be_changed(run):
+    """Somebody rounds the numbers of a checkpoint for a table; the next question must not hear of it."""
+    for entry in run.checkpoints:
+        entry.metrics["val_loss"] = 99.0
+        entry.metrics.clear()
+    for entry in run.rank():
+        entry.metrics["other"] = 1.0
+
+    assert [repr(entry.metrics["val_loss"]) for entry in run.checkpoints] == ["0.5", "0.2", "nan", "0.3"]
+    assert set(run.best.metrics) == {"val_loss", "loss"}
+
+
+def test_a_row_logged_between_two_questions_counts(run):
+    """A validation that takes an hour comes long after its checkpoint; until then there is no accuracy to rank by."""
+    monitor = Monitor("val_accuracy")
+    assert run.rank(monitor) == []
+    before = run.checkpoints
+
+    for step, value in ((30, 0.9), (10, 0.8)):
+        row = log_event(step, step // 10, {"val_accuracy": value, "val_loss": 0.0}, datetime.now(UTC))
+        append_events(run.store, 1, 1, [row], durable=True)
+
+    assert [entry.epoch for entry in run.rank(monitor)] == [3, 1]
+    assert [entry.manifest for entry in run.checkpoints] == [entry.manifest for entry in before]
+    assert run.best.epoch == 2
+    assert "val_accuracy" not in before[2].metrics
+
+
+def test_settings_changed_between_two_questions_count(run, where):
+    """The next Checkpointer may watch another metric; whose files lie here is for run.json to say."""
+    assert run.best.epoch == 2
+    document = json.loads((where / "run.json").read_text("utf-8"))
+    for changes, epoch in (({"monitor": {"metric": "val_loss", "mode": "max"}}, 1), ({"monitor": None}, None)):
+        (where / "run.json").write_text(json.dumps({**document, **changes}))
+        assert (run.best.epoch if run.best else None) == epoch
+    (where / "run.json").write_text(json.dumps({**document, "run_id": "f" * 16}))
+    assert (run.best, run.last, len(run.unreadable)) == (None, None, 4)
+
+
+class Counting(ReadOnly):
+    """A store that remembers which sizes it was asked for."""
+
+    def __init__(self, store):
+        super().__init__(store)
+        self.asked = []
+
+    def size(self, path):
+        """Pass on."""
+        self.asked.append(path)
+        return self.inner.size(path)
+
+
+def test_only_what_decides_is_looked_at(run):
+    """After each save the writer prunes: a look at every file of thousands of checkpoints would cost more than the save."""
+    store = Counting(run.store)
+    reader = highcamp.open(store)
+    for ask, seen in (
+        (lambda: reader.best, {NAMES[1]}),
+        (lambda: reader.last, {NAMES[3]}),
+        (lambda: reader.checkpoints, set()),
+        (lambda: reader.doomed(Keep(last=9)), set()),
+        (lambda: reader.doomed(Keep(best=1, last=2)), {NAMES[0], NAMES[1], NAMES[2], NAMES[3]}),
+    ):
+        store.asked.clear()
+        ask()
+        assert {path.split("/")[1] for path in store.asked if path.startswith("checkpoints/")} == seen
+
+
+def test_a_name_that_fits_no_store_hides_nothing(run, where):
+    """One directory with an odd name, made by a person or a slip of the shell, and the whole run could not be listed."""
+    (where / "checkpoints" / "step\\00000010").mkdir()
+    (where / "checkpoints" / "a\nb").mkdir()
+
+    assert [entry.name for entry in run.checkpoints] == NAMES
+    assert [name for name, _ in run.unreadable] == ["a\nb"]
+    assert len(list(run.verify())) == 5

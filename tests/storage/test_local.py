@@ -22,7 +22,8 @@ import pytest
 from highcamp.errors import Damaged, InvalidArgument, StorageError, Taken
 from highcamp.storage import local, system
 from highcamp.storage.local import DurabilityWarning, LocalStore
-from highcamp.storage.store import NotThere
+from highcamp.storage.store import NotThere, is_plain, parts
+from highcamp.testing.contract import BAD_PATHS
 
 STEP = "checkpoints/step-00000001"
 NEXT = "checkpoints/step-00000002"
@@ -642,6 +643,49 @@ def test_odd_files(store, tmp_path, kind):
     assert outside.read_bytes() == b"secret"
 
 
+@pytest.mark.parametrize("kind", ["link", "dangling link", "loop", "FIFO", "socket", "directory"])
+@pytest.mark.timeout(20)
+def test_odd_files_among_many_are_told_in_their_place(store, tmp_path, kind):
+    """One FIFO where a manifest was would stop the listing of a run, also when its bytes are known from before."""
+    outside = tmp_path / "outside"
+    outside.write_bytes(b"{}")
+    for target in (STEP, NEXT):
+        save(store, target)
+    names = ["step-00000001", "step-00000002"]
+    odd = store.local_path(f"{STEP}/manifest.json")
+    odd.unlink()
+    if kind == "directory":
+        odd.mkdir()
+    make_odd(odd, kind, outside)
+
+    for known in ({}, dict.fromkeys(names, b"{}"), dict.fromkeys(names, b"")):
+        (_, first), second = store.read_each("checkpoints", names, "manifest.json", 10, known)
+
+        assert isinstance(first, Damaged)
+        assert re.search(
+            r"step-00000001/manifest\.json is a (symbolic link|FIFO|socket|directory), expected", str(first)
+        )
+        assert second == ("step-00000002", b"{}")
+
+
+def test_reading_many_is_told_where_it_failed(store, monkeypatch):
+    """A disk that fails in the middle of a listing is no damage of one checkpoint; and no descriptor is lost."""
+    for target in (STEP, NEXT):
+        save(store, target)
+    before = set(os.listdir("/proc/self/fd"))
+    for known in ({}, {"step-00000002": b"{}"}):
+        with monkeypatch.context() as patched:
+            fail(patched, "pread", errno.EIO, at=2)
+            fail(patched, "fstat", errno.EIO, at=2)
+            reading = store.read_each("checkpoints", ["step-00000001", "step-00000002"], "manifest.json", 10, known)
+            assert next(reading) == ("step-00000001", b"{}")
+            with pytest.raises(StorageError, match=r"read of \S+step-00000002/manifest\.json failed: .*EIO"):
+                next(reading)
+
+    store.read_each("checkpoints", ["step-00000001"], "manifest.json", 10, {}).close()
+    assert set(os.listdir("/proc/self/fd")) == before
+
+
 def test_a_file_swapped_before_it_is_opened_is_not_followed(store, tmp_path, monkeypatch):
     """Between the look and the open a link may take the file's place."""
     (tmp_path / "outside").write_bytes(b"secret")
@@ -649,14 +693,16 @@ def test_a_file_swapped_before_it_is_opened_is_not_followed(store, tmp_path, mon
     store.local_path("x").write_bytes(b"1")
     real = os.open
 
-    def swap(where, *arguments):
+    def swap(where, *arguments, **named):
         Path(where).unlink()
         Path(where).symlink_to(tmp_path / "outside")
-        return real(where, *arguments)
+        return real(where, *arguments, **named)
 
     monkeypatch.setattr(os, "open", swap)
 
     with pytest.raises(StorageError, match="ELOOP"):
+        store.open("x")
+    with pytest.raises(Damaged, match="a symbolic link, expected a regular file"):
         store.read("x", 100)
 
 
@@ -729,9 +775,64 @@ def test_read_errors_are_told(store, monkeypatch):
     """A disk that cannot read says so with its path; it is not taken for damage by content."""
     save(store)
     fail(monkeypatch, "preadv", errno.EIO)
+    fail(monkeypatch, "pread", errno.EIO)
 
+    with (
+        store.open(f"{STEP}/manifest.json") as reader,
+        pytest.raises(StorageError, match=r"read of \S+manifest\.json .*EIO"),
+    ):
+        reader.read_into(0, memoryview(bytearray(2)))
     with pytest.raises(StorageError, match=r"read of \S+manifest\.json failed: .*EIO"):
         store.read(f"{STEP}/manifest.json", 10)
+
+
+@pytest.mark.parametrize("function", ["open", "fstat", "pread", "close"])
+def test_a_small_file_is_read_or_the_failed_call_is_told(store, monkeypatch, function):
+    """Too many open files, or a disk that is gone, is not damage: the checkpoint must not be passed over as broken."""
+    save(store)
+    descriptors = set(os.listdir("/proc/self/fd"))
+    for code in (errno.EIO, errno.EMFILE, errno.ESTALE):
+        with monkeypatch.context() as patched:
+            real = getattr(os, function)
+
+            def failing(*arguments, real=real, code=code, **_):
+                if function == "close":
+                    real(*arguments)
+                raise OSError(code, os.strerror(code))
+
+            patched.setattr(os, function, failing)
+            with pytest.raises(
+                StorageError, match=rf"of \S+manifest\.json failed: .*\({errno.errorcode[code]}\)"
+            ) as caught:
+                store.read(f"{STEP}/manifest.json", 10)
+
+        assert caught.value.errno == code
+    assert set(os.listdir("/proc/self/fd")) == descriptors
+
+
+def test_short_reads(store, monkeypatch):
+    """A network file system may give a few bytes at a time: all of them come, and an end that comes too early is damage."""
+    save(store, data=b"0123456789")
+    real = os.pread
+    monkeypatch.setattr(os, "pread", lambda descriptor, count, offset: real(descriptor, min(count, 3), offset))
+    assert store.read(f"{STEP}/model.safetensors", 10) == b"0123456789"
+
+    given = [b"0123", b""]
+    monkeypatch.setattr(os, "pread", lambda *_: given.pop(0))
+
+    with pytest.raises(Damaged, match="ends at byte 4, expected 6 bytes more"):
+        store.read(f"{STEP}/model.safetensors", 10)
+
+
+@pytest.mark.parametrize(
+    "path", ["a", "a/b.c", "a-b_c.2/d", "x" * 100, "_/-", *BAD_PATHS, ".", ".a", "a/.b", "a/b.", "x" * 101, "a\n", "é"]
+)
+def test_a_plain_path_is_one_that_needs_no_closer_look(store, path):
+    """Names become paths thousands of times in a listing: the short way must lead where the long one does, or not at all."""
+    if is_plain(path):
+        assert os.path.join(store.url, *parts(path)) == str(store.local_path(path))  # noqa: PTH118
+    else:
+        assert path in BAD_PATHS or not path.isascii() or "." in path or len(path) > 100 or not path.isprintable()
 
 
 # ------------------------------------------------------------------------------------------------------------ small files

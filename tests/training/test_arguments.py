@@ -46,7 +46,7 @@ NAMES = {
         ("save_folder", "directory"),
         ("montior", "monitor"),
         ("kep", "keep"),
-        ("zzz", "one of directory, monitor, every, keep, on_error, verbose"),
+        ("zzz", "one of directory, monitor, every, keep, snapshot, memory_every, staging_bytes, on_error, verbose"),
     ],
 )
 def test_an_unknown_keyword_names_ours(where, name, ours):

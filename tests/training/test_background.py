@@ -82,7 +82,7 @@ def test_queue_is_bounded():
 
     assert store.most == 1
     assert [entry.load()["w"][0] for entry in checkpointer.run.checkpoints] == [1, 2]
-    assert checkpointer._saver._snapshot.size_bytes < 3 * 8000
+    assert checkpointer._saver._source.size_bytes < 3 * 8000
 
 
 def test_snapshot_is_not_torn():
@@ -245,7 +245,7 @@ def test_memory_is_taken_once():
         sizes = []
         for step in range(1, 6):
             checkpointer.save({"model": {"w": np.full(100_000, step)}}, step=step)
-            sizes.append(checkpointer._saver._snapshot.size_bytes)
+            sizes.append(checkpointer._saver._source.size_bytes)
 
     assert len(set(sizes)) == 1
     assert sizes[0] <= 1.05 * 800_000
@@ -279,7 +279,7 @@ def test_ctrl_c_while_waiting_keeps_the_save():
     writer = Writer()
     go_on = threading.Event()
 
-    def job():
+    def job(_):
         go_on.wait(60)
         raise StorageError("full")
 
@@ -309,7 +309,7 @@ def test_a_pending_save_lets_go_of_its_memory():
     large = Large()
     reference = weakref.ref(large)
     checkpoint = object.__new__(Checkpoint)
-    pending = Pending("step-1", lambda large=large: checkpoint)
+    pending = Pending("step-1", lambda acknowledge, large=large: acknowledge(checkpoint))
     pending.begin()
     assert pending.wait() is checkpoint
     del large

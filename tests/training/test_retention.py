@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import highcamp
-from highcamp import Checkpointer, Keep
+from highcamp import Checkpointer, Damaged, Keep, Refused
 from highcamp.storage.memory import MemoryStore
 
 
@@ -199,6 +199,203 @@ def test_pinned_ones_stay(train, where):
 
     assert [entry.epoch for entry in run.checkpoints] == [1, 5]
     assert run.checkpoint("pin:paper").epoch == 1
+
+
+STRIP = Keep(best=1, last=1, best_weights_only=True)
+
+
+@pytest.fixture
+def fit(where):
+    """A training script with a model and an optimizer of PyTorch; the loss of each epoch is given."""
+    torch = pytest.importorskip("torch")
+
+    def script(losses, *, keep=STRIP, each=None, directory=None, **options):
+        torch.manual_seed(5)
+        model = torch.nn.Linear(64, 64)
+        optimizer = torch.optim.Adam(model.parameters())
+        options = {"monitor": "val_loss", "verbose": 0, **options}
+        with Checkpointer(directory or where, keep=keep, **options) as checkpointer:
+            checkpointer.track(model=model, optimizer=optimizer)
+            for epoch in checkpointer.epochs(len(losses)):
+                for _ in checkpointer.batches(range(2)):
+                    optimizer.zero_grad()
+                    model(torch.randn(8, 64)).square().mean().backward()
+                    optimizer.step()
+                checkpointer.log(val_loss=losses[epoch])
+                if each is not None:
+                    each(checkpointer, epoch, model)
+        return checkpointer, {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+    return script
+
+
+def test_a_best_gives_back_its_resume_state_and_nothing_else(fit, where):
+    """Adam's state is twice the weights: it would be kept for ever beside a best that nobody resumes from."""
+    seen = {}
+
+    def remember(_, epoch, model):
+        seen[epoch + 1] = {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+    checkpointer, last = fit([0.5, 0.2, 0.4, 0.3], each=remember)
+
+    run = highcamp.open(where)
+    assert [(entry.name, entry.objects) for entry in run.checkpoints] == [
+        ("step-00000004.2", ("model",)),
+        ("step-00000008", ("model", "optimizer", "progress")),
+    ]
+    assert sorted(path.name for path in (where / "checkpoints/step-00000004.2").iterdir()) == [
+        "manifest.json", "model.safetensors", "state.json",
+    ]  # fmt: skip
+    assert run.best.size_bytes < 0.4 * run.last.size_bytes
+    assert all(np.array_equal(run.best.load()[name], value.numpy()) for name, value in seen[2].items())
+    assert all(np.array_equal(run.last.load()[name], value.numpy()) for name, value in last.items())
+    assert checkpointer.best == run.best
+    assert list(run.trash) == []
+
+
+def test_resume_is_as_exact_as_with_all_of_the_best(fit, where, tmp_path):
+    """What is given back must be what nobody needs."""
+    losses = [0.5, 0.2, 0.4, 0.3, 0.6, 0.1]
+    _, expected = fit(losses, directory=tmp_path / "whole")
+    fit(losses[:4])
+
+    checkpointer, found = fit(losses)
+
+    assert all(np.array_equal(found[name].numpy(), value.numpy()) for name, value in expected.items())
+    assert checkpointer.run.history.attempts[-1].resumed_from == "step-00000008"
+    assert [entry.name for entry in checkpointer.run.checkpoints] == ["step-00000008", "step-00000012"]
+
+
+def test_the_best_weights_can_be_put_back(fit, where):
+    """The one thing a best is kept for."""
+    found = {}
+
+    def restore(checkpointer, epoch, model):
+        if epoch == 3:
+            assert checkpointer.restore("best").name == "step-00000004.2"
+            found.update({name: value.detach().clone() for name, value in model.state_dict().items()})
+
+    run = fit([0.5, 0.2, 0.4, 0.3], each=restore)[0].run
+
+    assert all(np.array_equal(run.best.load()[name], value.numpy()) for name, value in found.items())
+
+
+def test_the_one_resumed_from_gives_back_later(fit):
+    """It is what the attempt falls back to, whole; when a later attempt has begun from another one, it is a best like any."""
+    fit([0.5, 0.2])
+    run = fit([0.5, 0.2, 0.4])[0].run
+    assert run.resumed_from == run.best.name == "step-00000004"
+    assert run.best.objects == ("model", "optimizer", "progress")
+
+    run = fit([0.5, 0.2, 0.4, 0.6])[0].run
+
+    assert (run.best.name, run.best.objects) == ("step-00000004.2", ("model",))
+
+
+def test_a_pinned_best_keeps_everything(fit):
+    """What a person has named stays as it was named."""
+
+    def pin(checkpointer, epoch, _):
+        if epoch == 1:
+            checkpointer._saver.raise_failed(wait=True)
+            checkpointer.run.pin("epoch:1", "paper")
+
+    run = fit([0.2, 0.5, 0.4, 0.6], each=pin)[0].run
+    assert run.best == run.checkpoint("pin:paper")
+    assert run.best.objects == ("model", "optimizer", "progress")
+    run.unpin("paper")
+
+    run = fit([0.2, 0.5, 0.4, 0.6, 0.7])[0].run
+
+    assert run.best.objects == ("model",)
+
+
+def test_training_does_not_resume_from_weights_alone(fit, where, capsys):
+    """A model with a fresh optimizer trains on without a word, and is another run from then on."""
+
+    def pin(checkpointer, epoch, _):
+        if epoch == 1:
+            checkpointer._saver.raise_failed(wait=True)
+            checkpointer.run.pin("epoch:1", "first")
+
+    fit([0.5, 0.2, 0.4, 0.6], each=pin)
+    shutil.rmtree(where / "checkpoints/step-00000008")
+    capsys.readouterr()
+
+    run = fit([0.5, 0.2, 0.4], verbose=1, keep=Keep(best=1, last=9))[0].run
+
+    said = capsys.readouterr().err
+    assert "step-00000004.2 is passed over and left as it is: it holds weights alone, so training cannot" in said
+    assert run.history.attempts[-1].resumed_from == "step-00000002"
+    assert [entry.name for entry in run.checkpoints] == [
+        "step-00000002", "step-00000004.2", "step-00000004", "step-00000006",
+    ]  # fmt: skip
+
+
+def test_where_only_weights_are_left_it_is_said(fit, where):
+    """To begin from the start over the best weights, or to go on without an optimizer, is for a person to decide."""
+    torch = pytest.importorskip("torch")
+    fit([0.5, 0.2, 0.4])
+    file = where / "checkpoints/step-00000006/model.safetensors"
+    _flip(file)
+    with pytest.raises(
+        Damaged, match=r"none is whole: step-00000006; restore\(.best.\) or restore\(.step-00000004.2.\)"
+    ):
+        fit([0.5, 0.2, 0.4, 0.6])
+    shutil.rmtree(where / "checkpoints/step-00000006")
+    before = sorted(path.name for path in (where / "checkpoints").iterdir())
+
+    with pytest.raises(Refused, match="nothing that training could resume from: step-00000004.2 holds weights alone"):
+        fit([0.5, 0.2, 0.4, 0.6])
+
+    assert sorted(path.name for path in (where / "checkpoints").iterdir()) == before
+    model = torch.nn.Linear(64, 64)
+    checkpointer = Checkpointer(where, monitor="val_loss", verbose=0)
+    checkpointer.track(model=model, optimizer=torch.optim.Adam(model.parameters()))
+    assert checkpointer.restore("best").name == "step-00000004.2"
+    assert np.array_equal(model.weight.detach().numpy(), highcamp.open(where).best.load()["weight"])
+
+
+def test_details_are_said(fit, train, where, tmp_path, capsys):
+    """Who wonders where the optimizer of the best is, or why it is still there, asks for details."""
+    fit([0.2, 0.5, 0.4], verbose=2)
+    said = capsys.readouterr().err
+    assert "step-00000002 gave back its resume state; its weights are step-00000002.2\nremoved step-00000002\n" in said
+
+    train([0.2, 0.5, 0.4, 0.6], keep=STRIP, verbose=2, directory=tmp_path / "dicts")
+
+    said = capsys.readouterr().err
+    assert said.count("step-00000001: keeps its resume state, because its manifest does not tell weights from the") == 1
+
+
+def test_a_best_that_is_damaged_is_said_and_does_not_end_training(fit, where, capsys):
+    """A flipped bit in an old best must cost neither the epochs to come nor what is left of it."""
+
+    def harm(checkpointer, epoch, _):
+        if epoch == 1:
+            checkpointer._saver.raise_failed(wait=True)
+            _flip(where / "checkpoints/step-00000002/state.json")
+
+    run = fit([0.2, 0.5, 0.4, 0.6], each=harm, keep=Keep(best=1, last=2, best_weights_only=True))[0].run
+
+    assert "step-00000002/state.json differs from its digest" in capsys.readouterr().err
+    assert [entry.name for entry in run.checkpoints] == ["step-00000002", "step-00000006", "step-00000008"]
+    assert run.history.attempts[-1].ended == "complete"
+
+
+def test_passed_state_gives_back_too(where):
+    """With JAX, parts are told by their names."""
+    state = {"params": {"w": np.arange(3.0)}, "ema_params": {"w": np.arange(3.0)}, "opt_state": {"m": np.zeros(3)}}
+    with Checkpointer(where, monitor="val_loss", keep=STRIP, verbose=0) as checkpointer:
+        for step, loss in ((1, 0.1), (2, 0.2)):
+            checkpointer.save(state, step=step, metrics={"val_loss": loss})
+
+    best = highcamp.open(where).best
+    assert (best.name, best.objects) == ("step-00000001.2", ("params", "ema_params"))
+    with Checkpointer(where, monitor="val_loss", keep=STRIP, verbose=0) as checkpointer:
+        checkpointer.restore(like=state)
+        weights = checkpointer.restore("best", like={name: state[name] for name in best.objects})
+    assert weights["params"]["w"].tolist() == [0, 1, 2]
 
 
 def test_foreign_files_stay(train, where):

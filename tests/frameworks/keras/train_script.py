@@ -1,7 +1,8 @@
 """A training script as users write it, run by the tests, killed, and run again: `train_script.py MODE OUT [EPOCH.BATCH]`.
 
-MODE: "arrays" (shuffled arrays, a checkpoint per epoch), "steps" (the same, one every 3 batches) or "data" (EpochDataset with
-workers, one every 3 batches). EPOCH.BATCH: where it kills itself. At the end every variable and the History go to OUT.npz.
+MODE: "arrays" (shuffled arrays, a checkpoint per epoch), "steps" (the same, one every 3 batches), "kept" (one per epoch, and
+every batch in shared memory) or "data" (EpochDataset with workers, one every 3 batches). EPOCH.BATCH: where it kills itself.
+At the end every variable and the History go to OUT.npz.
 """
 
 from __future__ import annotations
@@ -57,7 +58,13 @@ def main(mode, out, kill_at=None):
         keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate * 0.9),
         keras.callbacks.ReduceLROnPlateau(patience=1, factor=0.5),
         keras.callbacks.EarlyStopping(patience=50, restore_best_weights=True),
-        CheckpointCallback(out, every=Every(epochs=1) if mode == "arrays" else Every(steps=3), data=data),
+        CheckpointCallback(
+            out,
+            every=Every(epochs=1) if mode in ("arrays", "kept") else Every(steps=3),
+            snapshot="overlap" if mode == "kept" else "copy",
+            memory_every=Every(steps=1) if mode == "kept" else None,
+            data=data,
+        ),
         *([KillAt(kill_at)] if kill_at else []),
     ]
     options = {"epochs": 4, "validation_data": (x, y), "verbose": 0, "callbacks": callbacks}

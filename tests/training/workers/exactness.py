@@ -220,7 +220,7 @@ def compare(seed: int) -> dict[str, Any]:
     events = attempt(whole, seed, 0)
     dice = random.Random(seed)
     kills = 0
-    while attempt(killed, seed, dice.randrange(1, events // 2) if kills < MAX_KILLS else 0) is None:
+    while attempt(killed, seed, dice.randrange(1, events // 3) if kills < MAX_KILLS else 0) is None:
         kills += 1
     expected, found = facts(whole), facts(killed)
     return {

@@ -382,6 +382,17 @@ class TestBest:
         assert best.epoch == 2
         assert np.array_equal(best.load("model")["out/bias"], keras.ops.convert_to_numpy(model.get_layer("out").bias))
 
+    def test_a_best_may_give_back_all_but_its_weights(self, tmp_path, run):
+        """Adam's slots are two thirds of a checkpoint that is kept for its weights."""
+        logs, keep = self._logs([0.1, 0.9, 0.2]), Keep(best=1, last=1, best_weights_only=True)
+
+        model, _ = run("a", monitor="quality", mode="max", others=logs, keep=keep, restore_best=True)
+
+        best, last = _opened(tmp_path, "a").best, _opened(tmp_path, "a").last
+        assert (best.epoch, best.objects) == (2, ("model",))
+        assert {"model", "progress"} < set(last.objects)
+        assert np.array_equal(best.load("model")["out/bias"], keras.ops.convert_to_numpy(model.get_layer("out").bias))
+
     def test_after_restore_best_it_goes_on_from_the_last(self, tmp_path, run, values_of):
         """The best is put into the model, not into the run."""
         values = [0.9, 0.1, 0.2, 0.3]

@@ -39,6 +39,15 @@ def test_names_are_readable(make_model):
     ]
 
 
+def test_only_models_and_layers_are_weights(make_model):
+    """What stays of a best of which only the weights are kept: told by what an object is, never by its name."""
+    model = make_model()
+    others = [model.optimizer, keras.callbacks.EarlyStopping(), keras.metrics.Mean(), keras.random.SeedGenerator(1)]
+
+    assert [state.is_weights(obj) for obj in (model, model.layers[0])] == [True, True]
+    assert [state.is_weights(obj) for obj in others] == [False] * 4
+
+
 def test_a_model_built_again_has_the_same_names():
     """In a notebook the second model's "dense" is "dense_1": its weights would not be found."""
 
