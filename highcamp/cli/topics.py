@@ -40,8 +40,10 @@ For example: highcamp show runs/digits@best~1, highcamp verify @last, highcamp e
   FORCE_COLOR       colors where they would not be guessed, on a terminal
   COLUMNS           how wide tables may be
   KERAS_BACKEND     the backend of highcamp demo: torch, jax or tensorflow
+  HIGHCAMP_DEADLINE   when training must be gone: seconds since the epoch, or an ISO time; it saves and ends in time,
+                      with exit code 75. Without it the end of the Slurm job (SLURM_JOB_END_TIME); empty: neither
 
-None of them changes what a training script saves or keeps.
+None of them changes what a training script saves or keeps otherwise.
 """,
 }
 

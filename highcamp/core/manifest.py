@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import msgspec
 
@@ -165,14 +165,49 @@ def decode(data: bytes, *, where: str) -> Manifest:
     body = head + b"\n}"
     if not body.startswith(_BEGINNING):
         _raise_if_newer(body, where)
-    try:
-        manifest = _DECODER.decode(body)
-    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
-        raise Damaged(f"{where} is no manifest: {error}", path=where) from error
-    if not _is_as_written(manifest, body):  # by another hand: whatever the fast reader forgives is looked for
+    manifest = _read_halves(body)
+    if manifest is None:  # written by another hand: whatever the fast reader forgives is looked for
+        try:
+            manifest = _DECODER.decode(body)
+        except _NO_MANIFEST as error:
+            raise Damaged(f"{where} is no manifest: {error}", path=where) from error
         strict.read(body, where=where, limit=MAX_MANIFEST_BYTES)
     _check(manifest, where)
     return manifest
+
+
+def _read_halves(body: bytes) -> Manifest | None:
+    """What `body` says if it is spelled as we spell it, else None.
+
+    The second half, objects and versions, is the same in nearly all manifests of a run, and so is read once. Each half is
+    completed to a manifest in our spelling, so neither says anything twice, and the two have no entry in common.
+    """
+    at = body.rfind(_SECOND)
+    if at < 0:
+        return None
+    first = body[:at] + _EMPTY_SECOND
+    try:
+        second = _read_second_half(body[at:])
+        manifest = _DECODER.decode(first)
+    except _NO_MANIFEST:
+        return None
+    if second is None or not _is_as_written(manifest, first):
+        return None
+    return msgspec.structs.replace(manifest, **second)
+
+
+@functools.lru_cache(maxsize=4)  # few, for a hostile manifest may have 8 MB of names
+def _read_second_half(end: bytes) -> dict[str, Any] | None:
+    body = _EMPTY_FIRST + end
+    manifest = _DECODER.decode(body)
+    return {name: getattr(manifest, name) for name in _SECOND_NAMES} if _is_as_written(manifest, body) else None
+
+
+_NO_MANIFEST = (msgspec.MsgspecError, RecursionError, UnicodeDecodeError)
+_SECOND = b',\n  "objects": {'
+_SECOND_NAMES = Manifest.__struct_fields__[Manifest.__struct_fields__.index("objects") :]
+_EMPTY = _spelled(Manifest(run_id="", step=0, epoch=0, sequence=0, attempt=0, created_at=""))
+_EMPTY_FIRST, _EMPTY_SECOND = _EMPTY[: _EMPTY.index(_SECOND)], _EMPTY[_EMPTY.index(_SECOND) :]
 
 
 def _is_as_written(manifest: Manifest, body: bytes) -> bool:

@@ -221,18 +221,19 @@ class OngoingAttempt:
         self._ownership.check()
         self.sync()
         self.run.check_survivors([*doomed, *strip], damaged=self._damaged)
-        removed = [name for name in doomed if self._remove(name)]
         for entry in [entry for entry in self.run.checkpoints if entry.name in strip]:
             try:
                 taken = weights.take(entry, self._next_sequence())
-            except Damaged as error:  # what is left of it stays, and the next best has its place
+            except Damaged as error:  # what is left of it stays, and the next best, which may be among the doomed, too
                 self.note_damaged(entry.name)
                 tell(str(error), 0)
-                continue
+                return self.prune(tell)
+            except StorageError:
+                for name in doomed:  # if the disk is full, this is what makes room
+                    self._remove(name)
+                raise
             tell(f"{entry.name} gave back its resume state; its weights are {taken.name}", 2)
-            if self._remove(entry.name):
-                removed.append(entry.name)
-        return removed
+        return [name for name in [*doomed, *strip] if self._remove(name)]
 
     def _remove(self, name: str) -> bool:
         """Remove a checkpoint for good, unless it is pinned or gone already; whether it was removed."""

@@ -105,8 +105,8 @@ class Attempt:
     """One process's stretch of a run.
 
     resumed_from: the checkpoint it went on from, None for a fresh start; step, epoch, batch: where that was.
-    ended: "complete", "closed", "error" or "interrupted"; None while it runs, or if it was killed. last_at: when it was
-    heard of last.
+    ended: "complete", "closed", "preempted", "error" or "interrupted"; None while it runs, or if it was killed.
+    last_at: when it was heard of last.
     """
 
     number: int

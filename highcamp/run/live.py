@@ -250,15 +250,19 @@ def is_name_of_weights(name: str) -> bool:
     return name in NAMES_OF_WEIGHTS or name.startswith("ema_") or name.endswith("_ema")
 
 
-def fill_state(like: object, saved: Callable[[str], Saved], objects: Iterable[str], *, where: str) -> Any:
+def fill_state(
+    like: object, saved: Callable[[str], Saved], objects: Iterable[str], *, where: str, weights_only: bool = False
+) -> Any:
     """The reverse: a new tree with the structure of `like`. saved: gives the saved state of one of `objects`.
 
-    Raises Mismatch listing every difference, Damaged.
+    weights_only: the parts of `like` that are no weights have not been saved, and come back as they are. Raises Mismatch
+    listing every difference, Damaged.
     """
     plain = _plain(like)
     parts = _parts(plain)
     problems = [f"{name}: only in the checkpoint" for name in objects if name not in parts]
-    problems += [f"{name}: only here" for name in parts if name not in objects]
+    given_back = {name for name in parts if name not in objects and weights_only and not is_name_of_weights(name)}
+    problems += [f"{name}: only here" for name in parts if name not in objects and name not in given_back]
     found = {name: saved(name) for name in parts if name in objects}
     leaves: dict[str, list[tuple[str, object]]] = {}
     for name, entry in found.items():
@@ -270,7 +274,9 @@ def fill_state(like: object, saved: Callable[[str], Saved], objects: Iterable[st
         for entry in found.values():
             entry.verify()  # a difference that is due to an altered file is damage
         raise mismatch(problems, where)
-    filled = {name: _filled(part, found[name], leaves[name]) for name, part in parts.items()}
+    filled = {
+        name: part if name in given_back else _filled(part, found[name], leaves[name]) for name, part in parts.items()
+    }
     whole = filled if _is_dict_of_parts(plain) else filled[WHOLE]
     return framework("jax").from_tree(whole, like) if _is_jax_state(like) else whole
 

@@ -240,14 +240,13 @@ class Run:
         from highcamp.run import weights
 
         self.check_survivors([*plan.remove, *plan.strip])
-        for name in plan.remove:
-            self.withdraw_unpinned(name)
         checkpoints = self.checkpoints
         sequence = max((entry.sequence for entry in checkpoints), default=0)
         for entry in [entry for entry in checkpoints if entry.name in plan.strip]:
             sequence += 1
             weights.take(entry, sequence)
-            self.withdraw_unpinned(entry.name)
+        for name in [*plan.remove, *plan.strip]:
+            self.withdraw_unpinned(name)
         return plan
 
     def check_survivors(self, doomed: Collection[str], *, damaged: Collection[str] = ()) -> None:
@@ -424,8 +423,7 @@ class Run:
         except Damaged:
             settings = None  # a hint that is lost hides no checkpoint
         if settings is not None:
-            unreadable += [
-                (n, f"it belongs to another run ({m.run_id})") for n, m in readable if m.run_id != settings.run_id
-            ]
-            readable = [(n, m) for n, m in readable if m.run_id == settings.run_id]
+            foreign = [(name, manifest.run_id) for name, manifest in readable if manifest.run_id != settings.run_id]
+            unreadable += [(name, f"it belongs to another run ({run_id})") for name, run_id in foreign]
+            readable = [pair for pair in readable if pair[1].run_id == settings.run_id] if foreign else readable
         return readable, unreadable

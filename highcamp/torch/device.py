@@ -25,7 +25,7 @@ def pin(view: memoryview) -> Callable[[], None] | None:
     if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # asking would start it, and end forking
         return None
     address = torch.frombuffer(view, dtype=torch.uint8).data_ptr()
-    runtime = torch.cuda.cudart()
+    runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     if int(runtime.cudaHostRegister(address, len(view), 0)) != 0:
         return None
 

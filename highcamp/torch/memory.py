@@ -65,7 +65,9 @@ def _bring(tensor: torch.Tensor, target: torch.Tensor, first: int) -> None:
         index, offset = divmod(first + done, row)
         if offset == 0 and count - done >= row:  # whole rows, all of them at once
             rows = (count - done) // row
-            target[done : done + rows * row].view(rows, *tensor.shape[1:]).copy_(tensor[index : index + rows], non_blocking=True)
+            target[done : done + rows * row].view(rows, *tensor.shape[1:]).copy_(
+                tensor[index : index + rows], non_blocking=True
+            )
             done += rows * row
         else:
             length = min(row - offset, count - done)

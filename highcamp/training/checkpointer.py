@@ -79,7 +79,8 @@ class Checkpointer:
         self._monitor = Monitor.of(monitor)
         self.voice = messages.Voice(verbose)
         store = open_store(directory)
-        source = Source(store, overlaps=snapshot == "overlap", staging_bytes=staging_bytes)
+        tell = partial(self.voice.say, level=0)
+        source = Source(store, overlaps=snapshot == "overlap", staging_bytes=staging_bytes, tell=tell)
         self._saver = Saver(
             store, monitor=self._monitor, every=every, keep=keep, on_error=on_error, voice=self.voice, source=source,
             memory=Memory(memory_every, self.voice),
@@ -384,7 +385,8 @@ class Checkpointer:
         checkpoint = self.run.checkpoint(reference)
         if like is not None:
             objects = [name for name in checkpoint.objects if name != PROGRESS]
-            return live.fill_state(like, checkpoint.saved, objects, where=checkpoint.path)
+            is_stripped = checkpoint.manifest.is_weights_only
+            return live.fill_state(like, checkpoint.saved, objects, where=checkpoint.path, weights_only=is_stripped)
         self._tracked.require("restore()", "like=state")
         checkpoint.restore(**{name: obj for name, obj in self._tracked.items() if name in checkpoint.objects})
         return checkpoint

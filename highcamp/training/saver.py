@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from highcamp.run.checkpoint import Checkpoint
     from highcamp.storage.store import Store
     from highcamp.training.best import BestSoFar
+    from highcamp.training.costs import Saving
     from highcamp.training.memory import Memory
     from highcamp.training.messages import Voice
     from highcamp.training.progress import Progress
@@ -134,6 +135,7 @@ class Saver:
         found = newest_whole(self.attempt, self._voice, load)
         if found is not None:
             self.attempt.rewound_to(found)
+            self._source.go_on_from(found)
             self._saved, self._saved_at, self._counted = progress.key, time.monotonic(), progress.step
             self._memory.rewind(progress, self._saved_at)
         return found
@@ -186,8 +188,35 @@ class Saver:
         saving = self.costs.began(time.monotonic())
         self.raise_failed(wait=True)
         saving.waited(time.monotonic())
-        attempt = self.attempt
         shot, slot, confirm = self._shoot(capture, progress)
+        try:
+            pending = self._write(shot, slot, confirm, saving, progress, metrics)
+        except BaseException:
+            shot.close()  # somebody may be waiting for it
+            raise
+        if shot.stream.is_ring:
+            shot.fill()  # through memory that the writer makes free
+        self._saved, self._saved_at = progress.key, time.monotonic()
+        saving.returned(self._saved_at)
+        self._memory.note(progress, self._saved_at)
+        self.count += 1
+        self._voice.say(f"saving {pending.name}: pause {1e3 * saving.pause_seconds:.1f} ms", level=2)
+        dear = self.costs.warning(self._saved_at, overlaps=self._source.overlaps)
+        if dear:
+            self._voice.say(dear, level=0)
+        return pending
+
+    def _write(
+        self,
+        shot: Shot,
+        slot: Slot | None,
+        confirm: Callable[[], None] | None,
+        saving: Saving,
+        progress: Progress,
+        metrics: Mapping[str, float],
+    ) -> Pending:
+        """Begin to write a shot in the background."""
+        attempt = self.attempt
         found = facts(progress, metrics, shot) if slot is not None else {}
         tracked = sorted(part.name for part in shot.parts if part.name != PROGRESS)
         manifest = attempt.manifest(
@@ -230,18 +259,7 @@ class Saver:
         self._read = slot
         self._is_sealed.clear()
         self._before = (self._saved, self._saved_at)
-        pending = self._writer.start(f"step-{progress.step:08d}", commit)
-        if shot.stream.is_ring:
-            shot.fill()  # through memory that the writer makes free
-        self._saved, self._saved_at = progress.key, time.monotonic()
-        saving.returned(self._saved_at)
-        self._memory.note(progress, self._saved_at)
-        self.count += 1
-        self._voice.say(f"saving {pending.name}: pause {1e3 * saving.pause_seconds:.1f} ms", level=2)
-        dear = self.costs.warning(self._saved_at, overlaps=self._source.overlaps)
-        if dear:
-            self._voice.say(dear, level=0)
-        return pending
+        return self._writer.start(f"step-{progress.step:08d}", commit)
 
     def keep(self, capture: Capture, progress: Progress, metrics: Mapping[str, float]) -> None:
         """Copy the state into shared memory, where the next attempt finds it if this process is killed."""
@@ -251,7 +269,11 @@ class Saver:
         if slot is None:
             shot.close()  # shared memory has come to its end, which has been said
             return
-        self._memory.keep(slot, shot, facts(progress, metrics, shot), confirm)
+        try:
+            self._memory.keep(slot, shot, facts(progress, metrics, shot), confirm)
+        except BaseException:
+            shot.close()
+            raise
         now = time.monotonic()
         self._memory.note(progress, now, now - began)
 
@@ -267,7 +289,11 @@ class Saver:
             block=self._block if self._memory.is_on else None,
         )
         slot = self._memory.take_slot()
-        return shot, slot, self._source.expose(shot)
+        try:
+            return shot, slot, self._source.expose(shot)
+        except BaseException:
+            shot.close()
+            raise
 
     def _block(self, needed: int) -> memoryview | None:
         """Shared memory for a shot; without it, the source's own is used, which the writer may still be reading."""
@@ -323,7 +349,8 @@ class Saver:
             if self.count:
                 try:
                     attempt.note(pace=self.costs.news())
-                    attempt.prune()  # a metric may have been logged after the last commit
+                    # A metric may have been logged after the last commit.
+                    attempt.prune(lambda line, level: self._voice.say(line, level=level))
                 except HighcampError as error:
                     self.tell(error)
         except BaseException:
@@ -334,7 +361,7 @@ class Saver:
             # After Ctrl-C in the wait a save is still being written: the run stays ours until the process ends.
             if not self._writer.is_busy:
                 self._source.close()
-                self._memory.close(keep=how not in ("complete", "closed", "preempted"))
+                self._memory.close(keep=how not in ("complete", "closed"))
                 try:
                     attempt.end(how, progress.step, progress.epoch)
                 except StorageError as error:

@@ -69,7 +69,8 @@ class Shot:
         return {each.name: start for each, (start, _) in zip(files, self.stream.starts, strict=True)}
 
     def close(self) -> None:
-        """Let go of the files that it links: it has been written, or will not be."""
+        """Let go of the files that it links, and of whoever waits for it: it has been written, or will not be."""
+        self.stream.abort(RuntimeError("this snapshot was given up"))
         for each in (each for part in self.parts for each in part.files):
             if each.same is not None:
                 each.same.reader.close()

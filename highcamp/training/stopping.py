@@ -25,7 +25,7 @@ class Stopping:
         """Nothing is listened to yet."""
         self.preemption = Preemption(notice=voice.verbose >= 1)
         self._saver, self._progress, self._voice = saver, progress, voice
-        self._is_listening = self._has_told = False
+        self._is_listening = self._has_told = self._has_stopped = False
 
     @property
     def is_asked(self) -> bool:
@@ -60,7 +60,7 @@ class Stopping:
     def end(self, *, is_finished: bool) -> None:
         """Nothing is left to save: listen no more, and stop if that was asked for meanwhile; a deadline no longer counts."""
         self.leave()
-        if self.is_asked:
+        if self.is_asked and not self._has_stopped:
             self.stop(None, is_finished=is_finished)
 
     def stop(self, save: Callable[[], object] | None, *, is_finished: bool = False) -> NoReturn:
@@ -70,6 +70,7 @@ class Stopping:
         handler of the signal has raised, such as KeyboardInterrupt; in their place the error of a save that failed.
         """
         saver, progress = self._saver, self._progress
+        self._has_stopped = True  # whoever goes on all the same, as a notebook does, is not stopped again by closing
         words = ""
         if saver.is_open and not saver.is_closed:
             saver.raise_failed(wait=True)

@@ -7,28 +7,35 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import threading
+import weakref
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import numpy as np
 
 from highcamp.core.tree import flatten
-from highcamp.errors import CheckpointNotFound, Refused, StorageError
+from highcamp.errors import CheckpointNotFound, HighcampError, Refused, StorageError
 from highcamp.policy.cadence import Every
 from highcamp.policy.monitor import Monitor
 from highcamp.policy.retention import Keep
 from highcamp.run import live
 from highcamp.run.attempt import OngoingAttempt
 from highcamp.run.run import Run
+from highcamp.storage import direct
 from highcamp.storage.local import LocalStore
 from highcamp.storage.memory import MemoryStore
 from highcamp.testing import FaultyStore
+from highcamp.training import unchanged
 from highcamp.training.snapshot import Snapshot
+from highcamp.training.unchanged import Unchanged
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    from highcamp.core.array import HostArray
     from highcamp.run.checkpoint import Checkpoint
     from highcamp.storage.store import Store
 
@@ -40,21 +47,36 @@ LOSSES = {1: 0.5, 2: 0.2, 3: 0.4, 4: 0.1, 5: 0.3, 6: 0.25, 7: 0.22}
 """Step -> val_loss; steps 1 and 2 are saved before the fault, the others under it. The best changes at step 4."""
 
 
+LARGE = 64 << 10
+"""Bytes from which on, in these tests, a piece goes past the page cache, and a file that has not changed is linked."""
+BASE = np.arange(LARGE // 2, dtype=np.uint32)
+"""A part of the state that no step changes."""
+
+
 def state(step: int) -> dict[str, Any]:
-    """The training state at a step: two arrays and a plain number, all of which tell the step."""
+    """The training state at a step: three arrays and a plain number, all of which tell the step, and one that never changes."""
     rng = np.random.default_rng(step)
-    return {"kernel": rng.standard_normal((7, 5), dtype=np.float32), "bias": np.full(5, step, np.int64), "count": step}
-
-
-def parts(step: int) -> list[Any]:
-    """The same as it is handed to a commit: two objects, one of which has no tensors."""
-    flats = {
-        "model": replace(flatten(state(step), live.as_array, where="model"), weights=True),
-        "schedule": flatten({"rate": 1 / step}, live.as_array, where="schedule"),
+    return {
+        "kernel": rng.standard_normal((7, 5), dtype=np.float32),
+        "bias": np.full(5, step, np.int64),
+        "moments": rng.integers(0, 256, LARGE + LARGE // 2, np.uint8),
+        "base": BASE,
+        "count": step,
     }
-    shot = Snapshot().take(flats)
-    shot.fill()
-    return shot.parts
+
+
+def _as_array(leaf: object) -> HostArray | None:
+    array = live.as_array(leaf)
+    return replace(array, is_still=True) if array is not None and leaf is BASE else array
+
+
+_unchanged: weakref.WeakKeyDictionary[OngoingAttempt, Unchanged] = weakref.WeakKeyDictionary()
+
+
+@contextlib.contextmanager
+def _small_is_large() -> Iterator[None]:
+    with mock.patch.object(direct, "LEAST_BYTES", LARGE), mock.patch.object(unchanged, "LEAST_BYTES", LARGE):
+        yield
 
 
 def begin(store: Store, keep: Keep = KEEP) -> OngoingAttempt:
@@ -62,19 +84,41 @@ def begin(store: Store, keep: Keep = KEEP) -> OngoingAttempt:
     attempt = OngoingAttempt(store, monitor=MONITOR, keep=keep, every=Every(epochs=1))
     try:
         attempt.note(tracked=["model", "schedule"])
-        attempt.start(attempt.run.last)
+        attempt.start(last := attempt.run.last)
     except BaseException:
         attempt.release()
         raise
+    known = _unchanged[attempt] = Unchanged(store)
+    with contextlib.suppress(HighcampError):  # then the first checkpoint is written whole
+        if last is not None:
+            known.learn_from_disk(last)
     return attempt
 
 
 def save(attempt: OngoingAttempt, step: int, loss: float | None = None) -> Checkpoint:
-    """Log and commit one step."""
+    """Log and commit one step: two objects, one of which has no tensors; every other step through a ring."""
     loss = LOSSES[step] if loss is None else loss
     attempt.log(step, step, {"val_loss": loss})
     manifest = attempt.manifest(step=step, epoch=step, batch=0, metrics={"val_loss": loss}, versions={})
-    return attempt.commit(manifest, parts(step))[0]
+    flats = {
+        "model": replace(flatten(state(step), _as_array, where="model"), weights=True),
+        "schedule": flatten({"rate": 1 / step}, _as_array, where="schedule"),
+    }
+    known = _unchanged[attempt]
+    with _small_is_large():
+        groups = known.groups({name: flat.arrays for name, flat in flats.items()})
+        shot = Snapshot(None if step % 2 else LARGE).take(flats, groups)
+        filling = threading.Thread(target=shot.fill, daemon=True)
+        filling.start()
+        if not shot.stream.is_ring:
+            filling.join()
+        try:
+            checkpoint, digests = attempt.commit(manifest, shot.parts)
+        finally:
+            shot.close()
+            filling.join()
+        known.learn(checkpoint, shot.tables(digests), could_link=shot.could_link)
+    return checkpoint
 
 
 class Diary:

@@ -20,7 +20,7 @@ STRIDE = int(os.environ.get("HIGHCAMP_FAULT_STRIDE", "2"))
 HERE = Path(__file__).parent
 CALLS = (
     "mkdir", "mkdirat", "openat", "write", "pwrite64", "writev", "fsync", "fdatasync", "rename", "renameat", "renameat2",
-    "link", "unlink", "unlinkat", "rmdir", "ftruncate", "close",
+    "link", "linkat", "unlink", "unlinkat", "rmdir", "ftruncate", "close",
 )  # fmt: skip
 LINE = re.compile(r"(?P<pid>\d+)\s+(?P<call>\w+)\((?P<rest>.*)")
 

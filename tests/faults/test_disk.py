@@ -29,6 +29,7 @@ CODES = {
     "fsync": ["EIO", "ENOSPC"],
     "renameat2": ["EIO", "EROFS", "ESTALE", "EXDEV"],
     "rename": ["EIO", "EROFS", "ENOSPC"],
+    "linkat": ["EPERM", "EIO", "EMLINK", "ENOSPC", "EXDEV"],
     "unlink": ["EIO", "EROFS"],
     "unlinkat": ["EIO", "EROFS"],
     "rmdir": ["EIO", "EROFS"],

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 
 import fault_scene as scene
+import fault_trace as trace
 import numpy as np
 import pytest
 
@@ -26,7 +27,7 @@ def test_a_failure_anywhere_loses_nothing_acknowledged(place, kind, torn, foreve
 
     assert len(operations) >= 45
     words = {operation.split()[0] for operation in operations}
-    assert words == {"create", "draft", "publish", "withdraw", "remove", "replace", "append"}
+    assert words == {"create", "link", "draft", "publish", "withdraw", "remove", "replace", "append"}
 
 
 @pytest.mark.parametrize("forever", [False, True], ids=["once", "for_ever"])
@@ -39,10 +40,39 @@ def test_a_failure_while_a_best_gives_back_its_resume_state(place, kind, torn, f
     )
 
     copied = [operation for operation in operations if "step-00000004.2" in operation]
-    assert [operation.split()[0] for operation in copied][:5] == ["draft", "link", "create", "create", "publish"]
-    assert operations.index(copied[4]) < next(
+    words = [operation.split()[0] for operation in copied][:6]
+    assert words == ["draft", "link", "link", "create", "create", "publish"]
+    assert operations.index(copied[5]) < next(
         n for n, operation in enumerate(operations) if operation.startswith("withdraw checkpoints/step-00000004 ")
     )
+
+
+def train_through_a_ring(store):
+    """A training whose state goes through memory of a third of its size, while the loop waits."""
+    weights = {"kernel": np.zeros(400_000)}
+    with Checkpointer(store, monitor="val_loss", keep=Keep(best=1, last=2), staging_bytes=1 << 20, verbose=0) as saver:
+        saver.track(model=weights)
+        for epoch in saver.epochs(3):
+            saver._saver.raise_failed(wait=True)
+            weights["kernel"] += 1
+            saver.log(val_loss=1 / (epoch + 1))
+    return weights["kernel"]
+
+
+@pytest.mark.parametrize("torn", [False, True], ids=["clean", "torn"])
+def test_a_failure_anywhere_never_leaves_the_loop_waiting(place, torn):
+    """The loop waits for room in the ring that only the writer makes; a writer that has failed makes none."""
+    for n in itertools.count(1, trace.STRIDE):
+        real = LocalStore(place / str(n))
+        store = FaultyStore(real, fail_at=n, torn=torn)
+
+        with contextlib.suppress(StorageError):
+            train_through_a_ring(store)
+
+        assert train_through_a_ring(real).tolist() == [3.0] * 400_000
+        assert all(result.ok for result in highcamp.open(real).verify())
+        if not store.failed:
+            return
 
 
 @pytest.mark.parametrize("kind", scene.STORES)

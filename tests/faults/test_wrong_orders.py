@@ -33,7 +33,7 @@ def manifest_before_data(monkeypatch):
     """The manifest is created when the draft is, and the data after it."""
     write = commit.commit
 
-    def mutant(store, manifest, parts):
+    def mutant(store, manifest, parts, **options):
         class Recorder:
             def __init__(self):
                 self.files = []
@@ -49,7 +49,7 @@ def manifest_before_data(monkeypatch):
                     store.create(path, chunks)
                 store.publish(draft, target)
 
-        return write(Recorder(), manifest, parts)
+        return write(Recorder(), manifest, parts, **options)
 
     monkeypatch.setattr(commit, "commit", mutant)
 
@@ -58,7 +58,7 @@ def published_before_written(monkeypatch):
     """The directory gets its final name first, and its files there: what most libraries do."""
     write = commit.commit
 
-    def mutant(store, manifest, parts):
+    def mutant(store, manifest, parts, **options):
         class Early:
             def __getattr__(self, name):
                 return getattr(store, name)
@@ -71,7 +71,7 @@ def published_before_written(monkeypatch):
             def publish(self, draft, target):
                 assert draft == target
 
-        return write(Early(), manifest, parts)
+        return write(Early(), manifest, parts, **options)
 
     monkeypatch.setattr(commit, "commit", mutant)
 
@@ -98,12 +98,12 @@ def removed_before_added(monkeypatch):
     """The old ones go before the new one is there: a save that fails leaves less than there was."""
     add = attempt_room.OngoingAttempt.commit
 
-    def mutant(self, manifest, parts):
+    def mutant(self, manifest, parts, **options):
         there = self.run.checkpoints
         for entry in there if len(there) > 2 else []:  # the preparation stays as it is
             if entry.name not in {*self.run.pins.values(), self.run.resumed_from}:
                 self._store.remove(commit.checkpoint_path(commit.withdraw(self._store, entry.name)))
-        return add(self, manifest, parts)
+        return add(self, manifest, parts, **options)
 
     monkeypatch.setattr(attempt_room.OngoingAttempt, "commit", mutant)
 
@@ -113,12 +113,14 @@ def failure_without_a_word(monkeypatch):
     write = commit.commit
 
     def create(store, path, chunks):
+        data = [bytes(chunk) for chunk in chunks]
         with contextlib.suppress(StorageError):
-            store.create(path, chunks)
+            store.create(path, data)
 
-    monkeypatch.setattr(
-        commit, "commit", lambda store, manifest, parts: write(Reordered(store, create), manifest, parts)
-    )
+    def mutant(store, manifest, parts, **options):
+        return write(Reordered(store, create), manifest, parts, **options)
+
+    monkeypatch.setattr(commit, "commit", mutant)
 
 
 def leftovers_not_swept(monkeypatch):
@@ -130,7 +132,7 @@ def acknowledged_before_published(monkeypatch):
     """A save is called durable while it still lies under its pending name."""
     write = commit.commit
 
-    def mutant(store, manifest, parts):
+    def mutant(store, manifest, parts, **options):
         class Late:
             def __getattr__(self, name):
                 return getattr(store, name)
@@ -139,7 +141,7 @@ def acknowledged_before_published(monkeypatch):
                 with contextlib.suppress(StorageError):
                     store.publish(draft, target)
 
-        return write(Late(), manifest, parts)
+        return write(Late(), manifest, parts, **options)
 
     monkeypatch.setattr(commit, "commit", mutant)
 

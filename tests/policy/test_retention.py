@@ -101,6 +101,21 @@ def test_what_goes_is_found_out_with_few_questions():
     assert asked_count < 0.85 * candidate_count  # most of these runs are nothing but quotas
 
 
+def test_with_min_delta_any_one_may_decide():
+    """Whether the third is better by enough depends on the first, and nobody asked whether that is whole: it is pinned."""
+    made = [
+        Candidate(f"c{step}", step, step, step, {"val_loss": value}) for step, value in enumerate([1.0, 0.95, 0.9, 2.0])
+    ]
+    monitor, keep = Monitor("val_loss", min_delta=0.08), Keep(best=1, last=1)
+    for broken, removed in ((set(), ("c1",)), ({"c0"}, ("c2",))):
+        found = doomed(
+            keep, monitor, made, pins={"paper": "c0"}, is_whole=lambda name, broken=broken: name not in broken
+        )
+
+        assert found.remove == removed
+        assert found == plan(keep, monitor, made, pins={"paper": "c0"}, damaged=broken)
+
+
 @pytest.mark.parametrize(("keep", "most"), [(Keep(last=5000), 0), (Keep(every_epochs=1), 0), (Keep(every_epochs=2), 5)])
 def test_of_thousands_few_are_asked(keep, most):
     """A run that keeps much for ever would stat every file of it after each save."""

@@ -467,10 +467,8 @@ def test_a_manifest_written_anew_is_read_anew(run, where):
 
 def test_what_is_given_out_can_be_changed(run):
     """Somebody rounds the numbers of a checkpoint for a table; the next question must not hear of it."""
-    for entry in run.checkpoints:
+    for entry in [*run.checkpoints, *run.rank(), run.best, run.last]:
         entry.metrics["val_loss"] = 99.0
-        entry.metrics.clear()
-    for entry in run.rank():
         entry.metrics["other"] = 1.0
 
     assert [repr(entry.metrics["val_loss"]) for entry in run.checkpoints] == ["0.5", "0.2", "nan", "0.3"]
@@ -491,6 +489,8 @@ def test_a_row_logged_between_two_questions_counts(run):
     assert [entry.manifest for entry in run.checkpoints] == [entry.manifest for entry in before]
     assert run.best.epoch == 2
     assert "val_accuracy" not in before[2].metrics
+    append_events(run.store, 1, 1, [log_event(30, 3, {"val_f1": 0.7}, datetime.now(UTC))], durable=True)
+    assert repr(run.checkpoints[2].metrics) == "{'val_loss': nan, 'loss': 1.0, 'val_accuracy': 0.9, 'val_f1': 0.7}"
 
 
 def test_settings_changed_between_two_questions_count(run, where):

@@ -193,11 +193,11 @@ def test_weights_taken_from_the_older_of_two_do_not_hide_the_newer(where):
 
     assert [(entry.name, entry.manifest.weights_of) for entry in run.checkpoints] == [
         ("step-00000002.3", 2),
-        ("step-00000002", 3),
+        ("step-00000002.4", 3),
         ("step-00000003", msgspec.UNSET),
     ]
     assert run.best.name == "step-00000002.3"
-    assert run.checkpoint("step:2").name == run.checkpoint("epoch:2").name == "step-00000002"
+    assert run.checkpoint("step:2").name == run.checkpoint("epoch:2").name == "step-00000002.4"
 
 
 def test_a_name_that_was_free_again_brings_no_metrics_with_it():
@@ -255,6 +255,20 @@ def test_brought_back_it_is_whole_again(made):
     made.pin("step-00000002", "paper")
     assert made.prune(KEEP).remove == ("step-00000002.2",)
     assert np.array_equal(made.best.load("opt_state")["moments"], state(2)["opt_state"]["moments"])
+
+
+def test_weights_alone_beside_it_take_no_metrics_from_the_whole_one():
+    """Two of one step are two states, to the later of which later rows belong; these two are one."""
+    store = MemoryStore()
+    attempt_from(store, None, [(step, {"val_loss": loss}, {}) for step, loss in ((1, 0.2), (2, 0.3), (3, 0.4))])
+    attempt_from(store, "step:3", [], behind={1: {"recall": 0.9}})
+    run = Run(store)
+    run.prune(Keep(best=1, last=2, best_weights_only=True))
+
+    run.undelete("step-00000001")
+
+    metrics = {"val_loss": 0.2, "recall": 0.9}
+    assert [(entry.step, entry.metrics) for entry in run.checkpoints][:2] == [(1, metrics), (1, metrics)]
 
 
 def test_nobody_strips_a_run_that_trains(made, where):

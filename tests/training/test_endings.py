@@ -131,7 +131,9 @@ def _signal(where, number, *words):
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     ) as process:
         assert process.stdout.readline() == "ready\n"
-        while process.poll() is None:  # a step that does not end: the first Ctrl-C waits for its end, a later one does not
+        while (
+            process.poll() is None
+        ):  # a step that does not end: the first Ctrl-C waits for its end, a later one does not
             process.send_signal(number)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(0.1)

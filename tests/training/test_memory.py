@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import traceback
 import urllib.parse
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -21,7 +23,7 @@ import highcamp
 from highcamp import Checkpointer, Every, Keep
 from highcamp.errors import InvalidArgument, Refused, StorageError
 from highcamp.storage.local import LocalStore
-from highcamp.training import memory, slot
+from highcamp.training import found, identity, memory, recovery, slot
 from highcamp.training.tier import SHM
 
 pytestmark = [
@@ -39,7 +41,7 @@ def slots(where):
     """The files in shared memory that belong to runs below `where`."""
     own = urllib.parse.quote_from_bytes(os.fsencode(os.path.realpath(where))).encode()
     found = []
-    for path in Path(SHM).glob("highcamp-*"):
+    for path in Path(SHM).glob(f"highcamp-{os.geteuid()}-*.[01]"):
         try:
             with path.open("rb") as file:
                 if own in file.read(slot.HEADER_BYTES):
@@ -315,6 +317,19 @@ def test_what_is_unchanged_is_found_in_whichever_checkpoint_has_it(tmp_path, rem
     assert all(found.ok for found in highcamp.open(tmp_path).verify())
 
 
+def test_what_is_unchanged_is_not_taken_from_a_checkpoint_that_has_lost_it(tmp_path):
+    """One damaged checkpoint must not cost the snapshot, as long as another has the bytes."""
+    weights = {"w": np.zeros(10), "base": np.arange(1 << 18, dtype=np.float32)}
+    for memory_every in (None, Every(steps=1)):
+        killed(tmp_path, 33, weights=weights, every=Every(steps=5), memory_every=memory_every)
+    (tmp_path / "checkpoints" / "step-00000030" / "model.1.safetensors").unlink()
+
+    _, said = train(tmp_path, weights=weights)
+
+    assert recovered(said) == "step-00000032"
+    assert highcamp.open(tmp_path).checkpoint("step:60").verify().ok
+
+
 def test_after_an_exception_the_newest_snapshot_is_taken(tmp_path):
     """A bug in the loop is the commonest crash of all, and in a notebook the process goes on."""
     with pytest.raises(KeyError):
@@ -436,7 +451,8 @@ def test_a_damaged_checkpoint_that_is_further_does_not_hide_the_snapshot(tmp_pat
     assert set(weights["w"]) == {STEPS}
 
 
-def test_after_going_back_what_was_left_behind_is_not_recovered(tmp_path):
+@pytest.mark.parametrize("count", [0, 3])
+def test_after_going_back_what_was_left_behind_is_not_recovered(tmp_path, count):
     """`restore()` in the middle of a run says that what came after is not wanted."""
 
     def work():
@@ -445,7 +461,7 @@ def test_after_going_back_what_was_left_behind_is_not_recovered(tmp_path):
         for step in range(1, 28):
             checkpointer.save_if_due({"w": np.full(100, float(step))}, step=step)
         state = checkpointer.restore(like=like)
-        for step in range(21, 24):
+        for step in range(21, 21 + count):
             state = {"w": state["w"] - 1}
             checkpointer.save_if_due(state, step=step)
         os.kill(os.getpid(), signal.SIGKILL)
@@ -455,7 +471,7 @@ def test_after_going_back_what_was_left_behind_is_not_recovered(tmp_path):
     with Checkpointer(tmp_path) as checkpointer:
         state = checkpointer.restore(like={"w": np.zeros(100)})
 
-    assert (checkpointer.step, set(state["w"])) == (23, {17.0})
+    assert (checkpointer.step, set(state["w"])) == (20 + count, {20.0 - count})
 
 
 def test_saving_without_restoring_is_refused_if_there_is_a_snapshot(tmp_path):
@@ -488,6 +504,18 @@ def test_a_training_that_is_done_leaves_nothing(tmp_path, start, closes):
     assert (done.returncode, steps(tmp_path)) == (0, [5, 10]), done.stderr
     assert ("8 snapshots in shared memory, pause " in done.stderr) == closes
     assert slots(tmp_path) == []
+
+
+def test_closing_early_leaves_nothing(tmp_path):
+    """Who closes says that the checkpoints on the disk are what is to stay."""
+    with Checkpointer(tmp_path, every=Every(steps=5), memory_every=Every(steps=1)) as checkpointer:
+        for step in range(1, 8):
+            checkpointer.save_if_due({"w": np.full(9, step)}, step=step)
+        kept = slots(tmp_path)
+
+    assert len(kept) == 2
+    assert slots(tmp_path) == []
+    assert steps(tmp_path) == [5]
 
 
 def test_a_program_that_ends_without_closing_leaves_what_is_newer(tmp_path, start):
@@ -637,12 +665,11 @@ def test_an_error_of_the_disk_is_not_taken_for_one_of_memory(tmp_path):
 
 def test_of_a_run_that_ends_with_the_process_nothing_is_kept():
     """There would be nothing to go on with, and nobody to remove the files."""
-    before = set(Path(SHM).glob("highcamp-*"))
-
     _, said = train("memory://kept")
 
     assert len([line for line in said if OFF in line and "memory://kept ends with this process" in line]) == 1
-    assert [path for path in set(Path(SHM).glob("highcamp-*")) - before if slots(path)] == []
+    run_id = highcamp.open("memory://kept").run_id
+    assert [path for path in Path(SHM).iterdir() if run_id in path.name] == []
 
 
 def test_a_forked_worker_that_ends_takes_nothing_with_it(tmp_path):
@@ -659,6 +686,48 @@ def test_a_forked_worker_that_ends_takes_nothing_with_it(tmp_path):
     _, said = train(tmp_path)
     assert ended == [0]
     assert recovered(said) == "step-00000027"
+
+
+def test_a_forked_worker_does_not_wait_for_a_snapshot(tmp_path, monkeypatch):
+    """The thread that completes it is not there in the child, which would never end."""
+    monkeypatch.setattr(memory, "QUICK_BYTES", 0)
+    go_on, seal = threading.Event(), slot.Slot.seal
+    monkeypatch.setattr(slot.Slot, "seal", lambda *arguments: (go_on.wait(timeout=60), seal(*arguments)))
+    ended = []
+
+    def work(kept):
+        signal.alarm(30)
+        assert kept.drain() is None
+        kept.close(keep=False)
+
+    def fork(checkpointer):
+        if checkpointer.step + 1 == 24:
+            go_on.clear()
+        if checkpointer.step + 1 == 25:
+            ended.append(in_child(lambda: work(checkpointer._saver._memory)))
+            go_on.set()
+
+    go_on.set()
+    weights, _ = train(tmp_path, at=fork)
+
+    assert ended == [0]
+    assert set(weights["w"]) == {STEPS}
+
+
+# ---------------------------------------------------------------------------------------------------------- documents
+
+
+def test_the_format_page_knows_the_slot():
+    """Somebody who finds the file in shared memory asks what it is, and whether it may go."""
+    page = (Path(highcamp.__file__).parents[1] / "docs/format.md").read_text("utf-8")
+    section = page.split("\n## A slot in shared memory\n")[1].split("\n## ")[0]
+    structs = (recovery.Facts, recovery.Object, recovery.Linked, found._Row, found._Table, identity.Identity)
+    fields = {field.encode_name for struct in structs for field in msgspec.structs.fields(struct)}
+
+    assert {name for name in fields if f"`{name}`" not in section} == set()
+    places = [int(row) for row in re.findall(r"^\| (\d+) \|", section, re.MULTILINE)]
+    assert places == [0, slot.STATE_START, slot.IDENTITY_START, slot.HEADER_BYTES]
+    assert f"(4 bytes: {slot.FORMAT})" in section
 
 
 # ------------------------------------------------------------------------------------------------------------- costs

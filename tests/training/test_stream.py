@@ -7,6 +7,7 @@ import linecache
 import sys
 import threading
 import weakref
+from functools import partial
 
 import numpy as np
 import pytest
@@ -168,7 +169,7 @@ def test_an_abort_by_the_writer_wakes_everybody(monkeypatch):
     for late in ((), (0,)):
         stream = _stream(files, 2 * ALIGNMENT, late)
         error = OSError("full")
-        join = _start(*_fillers(stream, 2), *[lambda late=late: stream.wait_filled(late=late) for late in (True, False)])
+        join = _start(*_fillers(stream, 2), *[partial(stream.wait_filled, late=late) for late in (True, False)])
         next(stream.read(0))
 
         stream.abort(error)

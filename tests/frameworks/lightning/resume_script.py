@@ -43,7 +43,7 @@ from highcamp.storage.local import LocalStore
 
 DIRECTORY = Path(sys.argv[1])
 ASKED = 128 + signal.SIGTERM  # the exit code of one that was asked to stop, and saved
-MAX_KILLS = 6  # the run after that is let through
+MAX_KILLS = 4  # the run after that is let through
 CHANGES = ("append", "replace", "draft", "publish", "withdraw", "remove")
 
 torch.set_num_threads(1)  # a pool of threads would not survive the fork
@@ -252,7 +252,12 @@ def shuffled(dataset: Any = None, **options: Any) -> Any:
 
 def plateau(module: LightningModule, optimizer: Any) -> dict[str, Any]:
     scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0, threshold=0.3)
-    return {"scheduler": scheduler, "monitor": "val_loss", "strict": False, "interval": module.case.get("interval", "epoch")}
+    return {
+        "scheduler": scheduler,
+        "monitor": "val_loss",
+        "strict": False,
+        "interval": module.case.get("interval", "epoch"),
+    }
 
 
 def one_cycle(module: LightningModule, optimizer: Any) -> dict[str, Any]:
@@ -437,7 +442,7 @@ def compare(name: str, seed: int) -> dict[str, Any]:
     (DIRECTORY / "deaths").unlink(missing_ok=True)
     events = attempt(whole, name, seed, 0)
     draw = random.Random(seed)
-    kills = batches = 0
+    kills = 0
     begun = []
     while kills < MAX_KILLS:
         ended = attempt(killed, name, seed, draw.randrange(3, max(4, int(events / 2))))
@@ -454,7 +459,14 @@ def compare(name: str, seed: int) -> dict[str, Any]:
         del expected["result"][key], found["result"][key]
     different = {key: [expected[key], found[key]] for key in expected if expected[key] != found[key]}
     deaths = (DIRECTORY / "deaths").read_text().splitlines() if kills else []
-    return {"case": name, "kills": kills, "deaths": deaths, "batches": begun, "events": events, "different": narrowed(different)}
+    return {
+        "case": name,
+        "kills": kills,
+        "deaths": deaths,
+        "batches": begun,
+        "events": events,
+        "different": narrowed(different),
+    }
 
 
 def narrowed(different: dict[str, Any]) -> dict[str, Any]:
