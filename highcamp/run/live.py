@@ -251,17 +251,17 @@ def is_name_of_weights(name: str) -> bool:
 
 
 def fill_state(
-    like: object, saved: Callable[[str], Saved], objects: Iterable[str], *, where: str, weights_only: bool = False
+    like: object, saved: Callable[[str], Saved], objects: Iterable[str], *, where: str, is_stripped: bool = False
 ) -> Any:
     """The reverse: a new tree with the structure of `like`. saved: gives the saved state of one of `objects`.
 
-    weights_only: the parts of `like` that are no weights have not been saved, and come back as they are. Raises Mismatch
+    is_stripped: the parts of `like` that are no weights have not been saved, and come back as they are. Raises Mismatch
     listing every difference, Damaged.
     """
     plain = _plain(like)
     parts = _parts(plain)
     problems = [f"{name}: only in the checkpoint" for name in objects if name not in parts]
-    given_back = {name for name in parts if name not in objects and weights_only and not is_name_of_weights(name)}
+    given_back = {name for name in parts if name not in objects and is_stripped and not is_name_of_weights(name)}
     problems += [f"{name}: only here" for name in parts if name not in objects and name not in given_back]
     found = {name: saved(name) for name in parts if name in objects}
     leaves: dict[str, list[tuple[str, object]]] = {}

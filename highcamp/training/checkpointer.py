@@ -386,7 +386,7 @@ class Checkpointer:
         if like is not None:
             objects = [name for name in checkpoint.objects if name != PROGRESS]
             is_stripped = checkpoint.manifest.is_weights_only
-            return live.fill_state(like, checkpoint.saved, objects, where=checkpoint.path, weights_only=is_stripped)
+            return live.fill_state(like, checkpoint.saved, objects, where=checkpoint.path, is_stripped=is_stripped)
         self._tracked.require("restore()", "like=state")
         checkpoint.restore(**{name: obj for name, obj in self._tracked.items() if name in checkpoint.objects})
         return checkpoint
