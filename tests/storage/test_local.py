@@ -23,7 +23,7 @@ from highcamp.errors import Damaged, InvalidArgument, StorageError, Taken
 from highcamp.storage import local, system
 from highcamp.storage.local import DurabilityWarning, LocalStore
 from highcamp.storage.store import NotThere, is_plain, parts
-from highcamp.testing.contract import BAD_PATHS
+from highcamp.testing.reads import BAD_PATHS
 
 STEP = "checkpoints/step-00000001"
 NEXT = "checkpoints/step-00000002"
