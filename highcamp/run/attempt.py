@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import socket
@@ -22,7 +23,7 @@ from highcamp.run.run import Run
 from highcamp.run.settings import PaceFacts, Settings, keep_facts, monitor_facts, read_settings, write_settings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from highcamp.policy.cadence import Every
     from highcamp.policy.monitor import Monitor
@@ -103,7 +104,7 @@ class OngoingAttempt:
 
         tracked: the names of the objects that checkpoints will hold. pace: what `Every.auto` has chosen, see `PaceFacts`.
         """
-        with self._lock:
+        with self._alone():
             changed = self._settings
             if tracked is not None:
                 changed = msgspec.structs.replace(changed, tracked=tuple(tracked))
@@ -186,8 +187,19 @@ class OngoingAttempt:
             metrics=finite, nonfinite=nonfinite, versions=versions,
         )  # fmt: skip
 
-    def _next_sequence(self) -> int:
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep the other threads of this process out. Raises RunLocked in a forked child.
+
+        It must not write to its parent's run, and a lock that was held when it was forked is never given back there.
+        """
+        if os.getpid() != self._pid:
+            self._ownership.check()
         with self._lock:
+            yield
+
+    def _next_sequence(self) -> int:
+        with self._alone():
             self._sequence += 1
             return self._sequence
 
@@ -255,14 +267,12 @@ class OngoingAttempt:
 
     def sync(self) -> None:
         """Make every row logged so far durable."""
-        with self._lock:
+        with self._alone():
             if self._undurable:
                 self._write_rows(durable=True)
 
     def _append(self, event: Event, *, durable: bool) -> None:
-        if os.getpid() != self._pid:
-            self._ownership.check()  # raises: a forked child must not write into its parent's history
-        with self._lock:
+        with self._alone():
             self._rows += 1
             event = msgspec.structs.replace(event, row=self._rows)
             self._unwritten.append(event)

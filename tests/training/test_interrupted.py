@@ -152,6 +152,35 @@ def test_a_forked_child_writes_nothing_into_the_run(tmp_path: Path):
     assert run.history.attempts[0].ended == "closed"
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+@pytest.mark.parametrize("call", ["save", "log", "note", "sync"])
+def test_a_child_forked_while_the_run_is_written_does_not_hang(tmp_path: Path, call):
+    """The writer's lock is never given back in the child: a worker that asks for it would wait for ever."""
+    with Checkpointer(tmp_path, monitor="val_loss", every=Every(steps=1), verbose=0) as checkpointer:
+        checkpointer.save({"w": np.ones(3)}, step=1).wait()
+        checkpointer._saver.raise_failed(wait=True)
+        attempt = checkpointer._saver.attempt
+        calls = {
+            "save": lambda: checkpointer.save({"w": np.ones(3)}, step=2),
+            "log": lambda: checkpointer.log(val_loss=9.0, step=1),
+            "note": lambda: attempt.note(epochs_planned=3),
+            "sync": attempt.sync,
+        }
+        with attempt._lock:
+            child = os.fork()
+            if child == 0:
+                code = 1
+                signal.alarm(30)  # a child that hangs is killed
+                try:
+                    calls[call]()
+                except RunLocked:
+                    code = 0
+                finally:
+                    os._exit(code)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
 def test_waiting_goes_on_after_an_interrupt():
     """`close` would give the run back while its last save is still being written."""
     store, go_on = MemoryStore(), threading.Event()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import threading
 
 import numpy as np
@@ -354,6 +355,33 @@ def test_workers_of_a_data_loader_are_forked_meanwhile(tmp_path, gate):
 
     data = torch.utils.data.DataLoader(torch.arange(8.0), batch_size=2, num_workers=2, multiprocessing_context="fork")
     assert torch.cat(list(data)).tolist() == list(range(8))
+
+    gate.opened.set()
+    loop.pending.wait()
+    loop.checkpointer.close()
+    loop.look(1, 2)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+def test_a_forked_child_may_train_on_and_saves_nothing(tmp_path, gate):
+    """The memory, the thread that copies and the run are its parent's: it must neither crash, nor hang, nor write."""
+    loop = Loop(tmp_path, gate)
+
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            torch.set_num_threads(1)  # its pool of threads has not survived the fork either
+            loop.weight.grad = torch.ones_like(loop.weight)
+            loop.optimizer.step()
+            try:
+                loop.checkpointer.save(step=9).wait()
+            except highcamp.RunLocked:
+                loop.checkpointer.close()
+                code = 0
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
     gate.opened.set()
     loop.pending.wait()
