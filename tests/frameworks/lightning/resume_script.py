@@ -295,28 +295,31 @@ CASES: dict[str, dict[str, Any]] = {
         "scheduler": plateau,
         "interval": "step",
         "settings": {"val_check_interval": 1},
-        "every": Every(steps=2),
+        "every": Every(steps=1),  # a stop that was asked for saves out of turn: of every second step, the best may be another
     },
     "adversaries": {"model": Adversaries, "every": Every(steps=3, epochs=1), "settings": {"val_check_interval": 0.5}},
     "steps": {
         "settings": {"max_steps": 17, "limit_train_batches": 0.7, "max_epochs": -1},
-        "every": Every(steps=2),
+        "every": Every(steps=2, epochs=1),
         "module": Source,
     },
     "two_loaders": {
         "train": lambda: {"long": shuffled(), "short": shuffled(data(10, seed=4))},
-        "every": Every(steps=3),
+        "every": Every(steps=3, epochs=1),
     },
     "shortest": {
         "train": lambda: CombinedLoader({"long": shuffled(), "short": shuffled(data(18, seed=4))}, "min_size"),
-        "every": Every(steps=2),
+        "every": Every(steps=2, epochs=1),
     },
     "streamed": {
         "train": lambda: DataLoader(Stream(), batch_size=4),
         "every": Every(steps=2, epochs=1),
         "scheduler": by_epochs,
     },
-    "stateful": {"train": lambda: StatefulDataLoader(data(26, seed=1), batch_size=4, shuffle=True), "every": Every(steps=2)},
+    "stateful": {
+        "train": lambda: StatefulDataLoader(data(26, seed=1), batch_size=4, shuffle=True),
+        "every": Every(steps=2, epochs=1),
+    },
     "workers": {
         "train": lambda: shuffled(num_workers=1, persistent_workers=True),
         "every": Every(steps=3, epochs=1),
@@ -335,7 +338,7 @@ CASES: dict[str, dict[str, Any]] = {
         "settings": {"precision": None, "max_epochs": 2},
         "plugins": lambda: [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=3))],
         "callbacks": lambda: [GradientAccumulationScheduler({0: 1, 1: 2})],
-        "every": Every(steps=2),
+        "every": Every(steps=2, epochs=1),
     },
     "stopped": {
         "callbacks": lambda: [EarlyStopping("val_loss", patience=1, min_delta=0.5)],

@@ -206,7 +206,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "stopped": {
         "arguments": {"eval_strategy": "steps", "eval_steps": 3, "learning_rate": 3.0, "num_train_epochs": 30},
-        "every": Every(steps=2),
+        "every": Every(steps=1),
         "patience": 2,
     },
     "kept": {
