@@ -33,6 +33,9 @@ MAX_HISTORY_BYTES = 1 << 30  # ten million rows; more is not a history but a mis
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
 """A stretch of time; longer than thirty years is a mistake, and its line is passed over."""
 _NOTHING: Mapping[str, float] = MappingProxyType({})
+# Places in a run are (step, epoch, batch).
+_BEFORE_ALL = (-1, -1, -1)
+_NEVER = (sys.maxsize, sys.maxsize, sys.maxsize)
 _FILE = re.compile(r"attempt-(\d{4,9})(?:\.(\d{1,9}))?\.jsonl\Z")
 
 
@@ -176,17 +179,18 @@ class History:
     def all_rows(self) -> tuple[Row, ...]:
         """The rows as they were logged, those of abandoned stretches included."""
         rows: list[Row] = []
-        ends: list[tuple[int, int]] = []  # for each attempt, the earliest place that a later one began at
-        earliest = (sys.maxsize, sys.maxsize)
+        ends: list[tuple[int, int, int]] = []  # for each attempt, the earliest place that a later one began at
+        earliest = _NEVER
         for attempt in reversed(self.attempts):
             ends.append(earliest)
-            earliest = min(earliest, (attempt.step, attempt.epoch))
+            place = (attempt.step, attempt.epoch, attempt.batch)
+            earliest = min(earliest, _BEFORE_ALL if attempt.resumed_from is None else place)
         begun = dict(zip((attempt.number for attempt in self.attempts), reversed(ends), strict=True))
         for number in sorted(self._logs):
-            end = begun.get(number, (sys.maxsize, sys.maxsize))
+            end = begun.get(number, _NEVER)
             for event in self._logs[number].events:
                 values = join_metrics(event.metrics, event.nonfinite)
-                gone = end < (event.step, event.epoch)
+                gone = end < (event.step, event.epoch, event.batch)
                 rows.append(Row(number, event.step, event.epoch, values, parse_time(event.at), gone, event.batch))
         return tuple(rows)
 

@@ -124,7 +124,12 @@ def capture(name: str, obj: object, as_array: AsArray = as_array) -> Flat:
 
 
 def is_weights(obj: object) -> bool:
-    """Whether a tracked object is a model; an optimizer, a loader, a dict of whatever is none."""
+    """Whether a tracked object is a model; an optimizer, a loader, a dict of whatever is none.
+
+    An object of a framework module that stands for a model says so itself, in an attribute of this name.
+    """
+    if getattr(obj, "is_weights", None) is True:
+        return True
     # Of JAX are only states that are passed: their parts are told by their names.
     return any(framework(name).is_weights(obj) for name in frameworks_of(obj) if name != "jax")
 

@@ -357,7 +357,7 @@ class Checkpointer:
         "best": its objects only; the loop's counters stay, so the best weights can be had at the end of training.
         like: a tree of the structure wanted back; then the restored tree is returned and nothing is changed. Otherwise the
         tracked objects are overwritten and the Checkpoint is returned. Raises CheckpointNotFound, Mismatch listing every
-        difference (nothing is changed), Damaged.
+        difference (nothing is changed), Damaged, which says if the tracked objects are undefined now.
         """
         self._saver.raise_failed(wait=True)
         if reference is not None:

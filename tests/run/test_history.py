@@ -128,6 +128,22 @@ def test_a_fresh_start_abandons_everything(store):
     assert [row.metrics["loss"] for row in HistoryReader(store).read().rows] == [2]
 
 
+def test_a_fresh_start_abandons_what_was_measured_before_the_first_step(store):
+    """An evaluation before training stands twice in the curve."""
+    _write(store, 1, _start(1), _row(0, 0, val_loss=1), _row(1, 1, val_loss=2))
+    _write(store, 2, _start(2), _row(0, 0, val_loss=3))
+
+    assert [row.metrics["val_loss"] for row in HistoryReader(store).read().rows] == [3]
+
+
+def test_batches_that_make_no_step_are_abandoned_too(store):
+    """Gradients are accumulated over several batches: what was measured in between is measured again."""
+    _write(store, 1, _start(1), _row(1, 0, batch=2, loss=1), _row(1, 0, batch=3, loss=2))
+    _write(store, 2, _start(2, resumed_from="step-1", step=1, epoch=0, batch=2), _row(1, 0, batch=3, loss=3))
+
+    assert [(row.batch, row.metrics["loss"]) for row in HistoryReader(store).read().rows] == [(2, 1), (3, 3)]
+
+
 def test_the_end_of_an_epoch_is_abandoned_by_a_resume_within_it(store):
     """Resumed after the last batch, before the epoch was called done: its metrics are logged again."""
     _write(store, 1, _start(1), _row(4, 0, batch=4, loss=1), _row(4, 1, val_loss=2))

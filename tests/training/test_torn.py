@@ -148,12 +148,15 @@ WRITES = {
 }
 
 
-@pytest.mark.parametrize("ring", [None, 1 << 20], ids=["whole", "ring"])
-@pytest.mark.parametrize("write", WRITES)
+NO_MATTER = "by a step without hooks"  # where the copy lies: the step counters are compared where they live
+
+
+@pytest.mark.parametrize(
+    ("write", "ring"),
+    [(write, None) for write in WRITES] + [(write, 1 << 20) for write in WRITES if write != NO_MATTER],
+)
 def test_what_writes_meanwhile_is_an_error_and_no_checkpoint(tmp_path, gate, write, ring):
     """Half old and half new weights in one checkpoint: it loads, its digest is right, and it is no state that ever was."""
-    if write == "by a step without hooks" and ring:
-        pytest.skip("the same")
     loop = Loop(tmp_path, gate, staging_bytes=ring)
 
     WRITES[write](loop)
