@@ -35,64 +35,19 @@ from transformers import (
 
 import highcamp
 from highcamp import Every, Keep
-from highcamp.storage.local import LocalStore
 from highcamp.transformers import CheckpointCallback
+
+sys.path.append(str(Path(__file__).parents[2]))
+from deadly import Deadly
 
 DIRECTORY = Path(sys.argv[1])
 ASKED = 128 + signal.SIGTERM  # the exit code of one that was asked to stop, and saved
 MAX_KILLS = 6  # the run after that is let through
-CHANGES = ("append", "replace", "draft", "publish", "withdraw", "remove")
 
 torch.set_num_threads(1)  # a pool of threads would not survive the fork
 torch.use_deterministic_algorithms(mode=True)
 transformers.logging.set_verbosity_error()
 logging.getLogger("accelerate").setLevel(logging.ERROR)
-
-
-class Deadly(LocalStore):
-    """A local store whose process dies at the N-th event."""
-
-    def __init__(self, path: Path, fuse: int) -> None:
-        super().__init__(path)
-        self.fuse = fuse
-        self.count = 0
-
-    def event(self, what: str) -> None:
-        """Something happens; the N-th time it is the last thing that does, or the process is asked to stop."""
-        self.count += 1
-        if self.count == self.fuse:
-            with (DIRECTORY / "deaths").open("a") as deaths:
-                deaths.write(what + "\n")
-            is_asked = what in ("step", "evaluation") and self.fuse % 2
-            os.kill(os.getpid(), signal.SIGTERM if is_asked else signal.SIGKILL)
-
-    def create(self, path: str, chunks: Any) -> None:
-        """Die before, after, or when half of a piece is written."""
-        self.event(f"before create {path}")
-
-        def torn() -> Any:
-            for chunk in chunks:
-                half = len(chunk) // 2
-                yield chunk[:half]
-                self.event(f"within create {path}")
-                yield chunk[half:]
-
-        super().create(path, torn())
-        self.event(f"after create {path}")
-
-
-def _watched(name: str) -> Any:
-    def change(self: Deadly, *arguments: Any, **options: Any) -> Any:
-        self.event(f"before {name}")
-        result = getattr(LocalStore, name)(self, *arguments, **options)
-        self.event(f"after {name}")
-        return result
-
-    return change
-
-
-for change_name in CHANGES:
-    setattr(Deadly, change_name, _watched(change_name))
 
 
 class Mortal(TrainerCallback):
@@ -293,7 +248,7 @@ def attempt(directory: Path, name: str, seed: int, fuse: int) -> int | None:
     child = os.fork()
     if child == 0:
         try:
-            store = Deadly(directory, fuse)
+            store = Deadly(directory, fuse, deaths=DIRECTORY / "deaths", asking=("step", "evaluation"))
             result = train(store, name, seed)
             (directory / "result.json").write_text(json.dumps(result))
             (directory / "events").write_text(str(store.count))
@@ -342,7 +297,7 @@ def compare(name: str, seed: int) -> dict[str, Any]:
     events = attempt(whole, name, seed, 0)
     dice = random.Random(seed)
     kills = 0
-    while attempt(killed, name, seed, dice.randrange(1, events // 2) if kills < MAX_KILLS else 0) is None:
+    while attempt(killed, name, seed, dice.randrange(1, events // 3) if kills < MAX_KILLS else 0) is None:
         kills += 1
     expected, found = facts(whole), facts(killed)
     return {

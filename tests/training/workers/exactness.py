@@ -21,7 +21,9 @@ import numpy as np
 
 import highcamp
 from highcamp import Checkpointer, Every, Keep
-from highcamp.storage.local import LocalStore
+
+sys.path.append(str(Path(__file__).parents[2]))
+from deadly import Deadly
 
 KIND, DIRECTORY = sys.argv[1], Path(sys.argv[2])
 if KIND == "torch":
@@ -32,51 +34,6 @@ if KIND == "torch":
 
 EPOCHS = 3
 MAX_KILLS = 12  # the run after that is let through
-CHANGES = ("append", "replace", "draft", "publish", "withdraw", "remove")
-
-
-class Deadly(LocalStore):
-    """A local store whose process dies at the N-th event."""
-
-    def __init__(self, path: Path, fuse: int) -> None:
-        super().__init__(path)
-        self.fuse = fuse
-        self.count = 0
-
-    def event(self, what: str) -> None:
-        """Something happens; the N-th time it is the last thing that does."""
-        self.count += 1
-        if self.count == self.fuse:
-            (DIRECTORY / "deaths").open("a").write(what + "\n")
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def create(self, path: str, chunks: Any) -> None:
-        """Die before, after, or when half of a piece is written."""
-        self.event(f"before create {path}")
-
-        def torn() -> Any:
-            for chunk in chunks:
-                half = len(chunk) // 2
-                yield chunk[:half]
-                self.event(f"within create {path}")
-                yield chunk[half:]
-
-        super().create(path, torn())
-        self.event(f"after create {path}")
-
-
-def _watched(name: str) -> Any:
-    def change(self: Deadly, *arguments: Any, **options: Any) -> Any:
-        self.event(f"before {name}")
-        result = getattr(LocalStore, name)(self, *arguments, **options)
-        self.event(f"after {name}")
-        return result
-
-    return change
-
-
-for change_name in CHANGES:
-    setattr(Deadly, change_name, _watched(change_name))
 
 
 class Batches:
@@ -182,7 +139,7 @@ def attempt(directory: Path, seed: int, fuse: int) -> int | None:
     child = os.fork()
     if child == 0:
         try:
-            store = Deadly(directory, fuse)
+            store = Deadly(directory, fuse, deaths=DIRECTORY / "deaths")
             result = (train_torch if KIND == "torch" else train_numpy)(store, seed)
             (directory / "result.json").write_text(json.dumps(fingerprint(result)))
             (directory / "events").write_text(str(store.count))
