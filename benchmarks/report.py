@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 PAGE, RAW, PICTURES = "benchmarks.md", "benchmarks.json", "images"
 ORDER = (
-    "pause-copy", "pause-overlap", "durable", "restore", "memory", "keras", "training", "frozen", "tensors", "checkpoints",
-    "import",
+    "pause-copy", "pause-overlap", "durable", "restore", "memory", "keras", "training", "idle", "frozen", "tensors",
+    "checkpoints", "import",
 )  # fmt: skip
 CAPTIONS = {
     "benchmark-sizes": "Pause and durable time against the size of the state, 1 MB to 4 GB",

@@ -17,8 +17,9 @@ class Scale:
     state: of the rows of pause, durable, restore and memory. overlap: its states, the peers' one first. sizes: bytes, of
     the curve of cost against size. tensor_counts, tensor_bytes: of the curve of cost against tensors. checkpoint_counts:
     of the curve of checkpoints in a run; ls_count is one of them. epochs, rows: of a Keras fit. width, blocks, tokens: of
-    a transformer, trained in stretches of segment_steps. memory_bytes: what has to be free. is_tiny: the figures mean
-    nothing, so that drifting limits do not matter, and processes are used again to be fast.
+    a transformer, trained in stretches of segment_steps. idle_steps: of a fit in which nothing is due. memory_bytes: what has
+    to be free. is_tiny: the figures mean nothing, so that drifting limits do not matter, and processes are used again to be
+    fast.
     """
 
     state: Spec
@@ -38,6 +39,7 @@ class Scale:
     segment_steps: int
     segments: int
     save_every: int
+    idle_steps: int
     imports: int
     repeats: int
     memory_bytes: int
@@ -62,6 +64,7 @@ FULL = Scale(
     segment_steps=20,
     segments=10,
     save_every=10,
+    idle_steps=2_000,
     imports=15,
     repeats=5,
     memory_bytes=20 * GB,
@@ -85,6 +88,7 @@ TINY = Scale(
     segment_steps=4,
     segments=2,
     save_every=2,
+    idle_steps=30,
     imports=2,
     repeats=2,
     memory_bytes=2 * GB,

@@ -131,7 +131,7 @@ class Crew:
 
 def contestant(kind: str) -> Any:
     """The class of a contestant; imported now, in the process that needs it."""
-    from benchmarks import epochs, limits, loops, ours, peers
+    from benchmarks import epochs, idle, limits, loops, ours, peers
 
     kinds: dict[str, Any] = {
         "limits": limits.Limits,
@@ -145,6 +145,7 @@ def contestant(kind: str) -> Any:
         "step": loops.Step,
         "training": loops.Training,
         "epochs": epochs.Epochs,
+        "idle": idle.Idle,
     }
     return kinds[kind]
 

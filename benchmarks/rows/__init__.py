@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.rows import epochs, frozen, many, overlap, runs, saves, sizes, training
+from benchmarks.rows import epochs, frozen, idle, many, overlap, runs, saves, sizes, training
 
 SESSIONS = (
     saves.SESSION,
@@ -10,6 +10,7 @@ SESSIONS = (
     saves.MEMORY,
     epochs.SESSION,
     training.SESSION,
+    idle.SESSION,
     frozen.SESSION,
     many.SESSION,
     runs.SESSION,

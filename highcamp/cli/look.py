@@ -67,7 +67,7 @@ class Look:
 
     @cached_property
     def last(self) -> Checkpoint | None:
-        """The newest one whose files are there in their full size, weights alone left aside: what training resumes from."""
+        """The newest one whose files are there in their full size, weights alone left aside."""
         resumable = [each for each in self.checkpoints if not each.manifest.is_weights_only]
         return next((each for each in reversed(resumable) if self.checks[each.name].is_whole), None)
 
@@ -176,6 +176,7 @@ class Look:
             "kept_because": self.reasons(entry.name),
             "state": self.state(entry.name),
             "weights_only": entry.manifest.is_weights_only,
+            "healthy": entry.is_healthy,
         }
 
 

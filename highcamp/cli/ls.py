@@ -34,6 +34,7 @@ _CONDITION = re.compile(
 )
 PLACES = ("step", "epoch", "size", "saved")
 WEIGHTS_ONLY = "weights only"
+UNHEALTHY = "not healthy"
 FEW_METRICS = 3  # on a terminal, unless they are named: monitored, its counterpart, one more
 
 
@@ -147,7 +148,7 @@ def _print_checkpoints(
     elif output.is_terminal:
         output.line("no checkpoint fits" if seen.checkpoints else "no checkpoints yet")
     if output.is_terminal:
-        output.parts([f" {part}" for part in [*_legend(seen, rows), *_weights_only(rows)]])
+        output.parts([f" {part}" for part in [*_legend(seen, rows), *_marked(rows)]])
         _say_what_is_wrong(output, seen)
         if seen.best:
             output.hint(
@@ -159,7 +160,11 @@ def _print_checkpoints(
 
 def _state(seen: Look, each: Checkpoint) -> str:
     state = seen.state(each.name)
-    return WEIGHTS_ONLY if each.manifest.is_weights_only and state == COMMITTED else state
+    if state != COMMITTED:
+        return state
+    marks = [WEIGHTS_ONLY] if each.manifest.is_weights_only else []
+    marks += [UNHEALTHY] if each.is_healthy is False else []
+    return ", ".join(marks) or state
 
 
 def _say_what_is_wrong(output: Output, seen: Look) -> None:
@@ -202,10 +207,13 @@ def _legend(seen: Look, rows: Sequence[Checkpoint]) -> list[str]:
     return parts
 
 
-def _weights_only(rows: Sequence[Checkpoint]) -> list[str]:
+def _marked(rows: Sequence[Checkpoint]) -> list[str]:
     """Said below as well: where the terminal is narrow, the column of states is the first to go."""
-    names = [each.name for each in rows if each.manifest.is_weights_only]
-    return [f"{WEIGHTS_ONLY}: {', '.join(names)}"] if names else []
+    marked = {
+        WEIGHTS_ONLY: [each.name for each in rows if each.manifest.is_weights_only],
+        f"{UNHEALTHY} (NaN or infinite weights)": [each.name for each in rows if each.is_healthy is False],
+    }
+    return [f"{mark}: {', '.join(names)}" for mark, names in marked.items() if names]
 
 
 def _sorted(seen: Look, sort: str | None, names: Sequence[str]) -> list[Checkpoint]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,14 +13,15 @@ from highcamp.cli.program import command
 from highcamp.cli.table import Column, Table
 from highcamp.cli.text import MISSING, count, size
 from highcamp.errors import InvalidArgument
-from highcamp.policy.retention import Keep
 from highcamp.run.commit import checkpoint_path
 
 if TYPE_CHECKING:
     from highcamp.cli.output import Output
+    from highcamp.policy.retention import Plan
+    from highcamp.run.checkpoint import Checkpoint
     from highcamp.run.run import Run
 
-LOUD = {"remove": "REMOVE"}  # on a terminal; a word that is read past is no warning
+LOUD = {"remove": "REMOVE", "weights": "WEIGHTS ONLY"}  # on a terminal; a word that is read past is no warning
 
 
 @command(
@@ -36,6 +38,11 @@ LOUD = {"remove": "REMOVE"}  # on a terminal; a word that is read past is no war
 @click.option(
     "--every-epochs", type=click.IntRange(min=1), metavar="N", help="Keep those whose epoch is a multiple of N."
 )
+@click.option(
+    "--best-weights-only/--best-whole",
+    default=None,
+    help="Of a best that is not among the last, keep its weights alone.",
+)
 @click.option("--empty-trash", is_flag=True, help="Remove for good what is in the trash, and prune nothing.")
 @click.option("--apply", "is_applied", is_flag=True, help="Do it.")
 def prune(
@@ -45,6 +52,7 @@ def prune(
     last: int | None,
     every_steps: int | None,
     every_epochs: int | None,
+    best_weights_only: bool | None,  # noqa: FBT001
     empty_trash: bool,  # noqa: FBT001
     is_applied: bool,  # noqa: FBT001
 ) -> int:
@@ -54,32 +62,35 @@ def prune(
     and the only whole one always stay.
     """
     found = find_run(run)
-    asked = {"best": best, "last": last, "every_steps": every_steps, "every_epochs": every_epochs}
-    given = {name: value for name, value in asked.items() if value is not None}
+    asked: dict[str, int | bool | None] = {
+        "best": best, "last": last, "every_steps": every_steps, "every_epochs": every_epochs,
+        "best_weights_only": best_weights_only,
+    }  # fmt: skip
+    given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     if empty_trash:
         if given:
             raise InvalidArgument("--empty-trash takes no other policy", hint="prune first, then empty the trash")
         return _empty_trash(output, found, is_applied=is_applied)
     seen = look(found)
-    own = {name: getattr(found.keep, name) for name in asked}
-    keep = Keep(**{**own, **given})
+    keep = replace(found.keep, **given)
     plan = found.prune(keep, dry_run=not is_applied)
     rows = [each for each in seen.checkpoints if each.name in plan.keep or each.name in plan.remove]
-    freed = sum(each.size_bytes for each in rows if each.name in plan.remove)
-    verdicts = ["remove" if each.name in plan.remove else "keep" for each in rows]
+    going = [*plan.remove, *plan.strip]
+    verdicts = [_verdict(each.name, plan) for each in rows]
     reasons = [", ".join(plan.keep.get(each.name, ())) or "no rule keeps it" for each in rows]
-    frees = [each.size_bytes if each.name in plan.remove else 0 for each in rows]
+    frees = [_frees(each, verdict) for each, verdict in zip(rows, verdicts, strict=True)]
+    freed = sum(frees)
     if output.as_json:
         output.json(
             "prune/1",
             run=found.path,
             applied=is_applied,
-            keep={name: getattr(keep, name) for name in asked},
+            keep=asdict(keep),
             items=[
                 {"name": each.name, "verdict": verdict, "because": list(plan.keep.get(each.name, ())), "frees_bytes": n}
                 for each, verdict, n in zip(rows, verdicts, frees, strict=True)
             ],
-            removed=list(plan.remove) if is_applied else [],
+            removed=going if is_applied else [],
             frees_bytes=freed,
         )
         return 0
@@ -93,23 +104,36 @@ def prune(
                     Column("BECAUSE", reasons, drop=0, flexible=True),
                     Column("FREES", [size(n) if n else MISSING for n in frees], [str(n) for n in frees], right=True),
                 ],
-                styles=["yellow" if verdict == "remove" else "" for verdict in verdicts],
+                styles=["" if verdict == "keep" else "yellow" for verdict in verdicts],
             )
         )
-    if not plan.remove:
+    if not going:
         output.message("nothing to remove" if rows else "no checkpoints yet")
     elif is_applied:
         output.message(
-            f"{count(len(plan.remove), 'checkpoint')} moved to the trash; {size(freed)} come free when it is emptied"
+            f"{count(len(going), 'checkpoint')} moved to the trash; {size(freed)} come free when it is emptied"
         )
-        output.hint(
-            f"highcamp undelete {refer(found, plan.remove[-1])}", f"highcamp prune {refer(found)} --empty-trash"
-        )
+        output.hint(f"highcamp undelete {refer(found, going[-1])}", f"highcamp prune {refer(found)} --empty-trash")
     else:
         output.message(
-            f"nothing was changed; --apply moves {count(len(plan.remove), 'checkpoint')}, {size(freed)}, to the trash"
+            f"nothing was changed; --apply moves {count(len(going), 'checkpoint')}, {size(freed)}, to the trash"
         )
     return 0
+
+
+def _verdict(name: str, plan: Plan) -> str:
+    if name in plan.remove:
+        return "remove"
+    return "weights" if name in plan.strip else "keep"
+
+
+def _frees(checkpoint: Checkpoint, verdict: str) -> int:
+    """The bytes that come free when the trash is emptied; the files of weights are linked."""
+    if verdict == "keep":
+        return 0
+    objects = checkpoint.manifest.objects.values()
+    stay = {name for each in objects if each.weights is True for name in each.files} if verdict == "weights" else set()
+    return sum(file.size for file in checkpoint.files if file.name not in stay)
 
 
 def _empty_trash(output: Output, run: Run, *, is_applied: bool) -> int:

@@ -17,7 +17,7 @@ from highcamp.cli.table import Column, Table
 from highcamp.cli.text import MISSING, age, count, exact, number, plain, size
 from highcamp.policy.pace import WRITE_BUDGET
 from highcamp.run.history import format_time, total_cost
-from highcamp.training.messages import percent, saves_words, seconds_words, written
+from highcamp.training.messages import nonfinite_words, percent, saves_words, seconds_words, written
 
 if TYPE_CHECKING:
     from highcamp.cli.look import Look
@@ -114,6 +114,7 @@ def _show_checkpoint(output: Output, seen: Look, entry: Checkpoint, *, layers: b
             **seen.facts(entry),
             parent=entry.parent,
             save=_cost_facts(save.cost) if save else None,
+            nonfinite_weights=msgspec.to_builtins(entry.manifest.health) if entry.is_healthy is False else None,
             objects=[
                 {
                     "name": name,
@@ -161,6 +162,7 @@ def _show_checkpoint(output: Output, seen: Look, entry: Checkpoint, *, layers: b
         *((name, number(value) if output.is_terminal else exact(value)) for name, value in entry.metrics.items()),
         ("kept because", ", ".join(seen.reasons(entry.name)) or "not pruned yet"),
         ("state", seen.state(entry.name)),
+        ("health", _health_words(entry)),
         *([("holds", "weights only: training cannot resume from it")] if entry.manifest.is_weights_only else []),
         ("parent", entry.parent or MISSING),
         *(("file", f"{file.name}  {size(file.size)}  {file.digest}") for file in entry.files),
@@ -179,6 +181,13 @@ def _show_checkpoint(output: Output, seen: Look, entry: Checkpoint, *, layers: b
     output.hint(
         f"highcamp verify {refer(seen.run, entry.name)}", f"highcamp show {refer(seen.run, entry.name)} --layers"
     )
+
+
+def _health_words(entry: Checkpoint) -> str:
+    health = entry.manifest.health
+    if health is msgspec.UNSET:
+        return "not known"
+    return f"not healthy: {nonfinite_words(health)}" if health.nonfinite else "no weight is NaN or infinite"
 
 
 def _print_facts(output: Output, facts: list[tuple[str, str]]) -> None:

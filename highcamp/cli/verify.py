@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING
 
 import click
@@ -15,10 +15,11 @@ from highcamp.cli.program import FAILED, command
 from highcamp.cli.table import Column, Table
 from highcamp.cli.text import MISSING, count, plain, size
 from highcamp.errors import InvalidArgument
-from highcamp.run.verify import verify_unlisted
+from highcamp.run.verify import verify_all, verify_structure, verify_unlisted
+from highcamp.training.resume import preferred
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Generator, Iterator, Sequence
 
     from highcamp.cli.arguments import Target
     from highcamp.cli.output import Output
@@ -32,10 +33,8 @@ _UNIT_SECONDS = {None: 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 
 @command(header=True, epilog="Exit code 1 if anything is not as it was committed, 3 if the time was too short for all.")
 @click.argument("run", metavar="[RUN[@REF]]", required=False)
-@click.option("--quick", is_flag=True, help="Compare names and sizes only; read nothing.")
-@click.option(
-    "--max-duration", metavar="TIME", help="Begin no further checkpoint after this time, such as 60s or 5min."
-)
+@click.option("--quick", is_flag=True, help="Compare names, sizes and tables of tensors; read no tensor.")
+@click.option("--max-duration", metavar="TIME", help="Read no further checkpoint after this time, such as 60s or 5min.")
 @click.option("--fail-fast", is_flag=True, help="Stop at the first finding.")
 def verify(output: Output, run: str | None, quick: bool, max_duration: str | None, fail_fast: bool) -> int:  # noqa: FBT001
     """Compare every byte of a checkpoint, or of all of RUN, with its digest, and name what is damaged; repairs nothing."""
@@ -43,10 +42,12 @@ def verify(output: Output, run: str | None, quick: bool, max_duration: str | Non
     checkpoints = [target.checkpoint()] if target.reference else target.run.checkpoints
     deadline = time.monotonic() + _seconds(max_duration) if max_duration else None
     began, results, skipped = time.monotonic(), [], 0
-    with _progress(output, sum(each.size_bytes for each in checkpoints)) as advance:
-        for result, size_bytes in _results(target, checkpoints, quick=quick):
+    with (
+        _progress(output, 0 if quick else sum(each.size_bytes for each in checkpoints)) as advance,
+        closing(_results(target, checkpoints, advance, quick=quick)) as found_so_far,
+    ):
+        for result in found_so_far:
             results.append(result)
-            advance(size_bytes)
             if output.as_json:
                 output.json_line("item", "verify/1", **facts(result))
             if fail_fast and not result.ok:
@@ -89,12 +90,12 @@ def facts(result: Verification) -> dict[str, object]:
     }
 
 
-def _results(target: Target, checkpoints: Sequence[Checkpoint], *, quick: bool) -> Iterator[tuple[Verification, int]]:
-    for each in checkpoints:
-        yield each.verify(quick=quick), each.size_bytes
+def _results(
+    target: Target, checkpoints: Sequence[Checkpoint], advance: Callable[[int], None], *, quick: bool
+) -> Generator[Verification]:
+    yield from map(verify_structure, checkpoints) if quick else verify_all(checkpoints, advance)
     if not target.reference:
-        for result in verify_unlisted(target.run.store, [each.name for each in checkpoints]):
-            yield result, 0
+        yield from verify_unlisted(target.run.store, [each.name for each in checkpoints])
 
 
 def _print(output: Output, results: Sequence[Verification]) -> None:
@@ -128,7 +129,7 @@ def _summarize(output: Output, target: Target, results: Sequence[Verification], 
         for finding in result.findings:
             output.message(f"{plain(result.name)}: {plain(finding.message)}")
     whole = sum(result.ok for result in results)
-    how = "by names and sizes only" if quick else f"{size(sum(result.bytes_read for result in results))} read"
+    how = "by names, sizes and tables" if quick else f"{size(sum(result.bytes_read for result in results))} read"
     rest = f"; {count(skipped, 'checkpoint')} not verified" if skipped else ""
     output.message(f"{whole} of {count(len(results), 'checkpoint')} whole, {how}{rest}")
     damaged = any(result.state not in ("whole", "foreign") for result in results)
@@ -147,7 +148,7 @@ def _seconds(text: str) -> float:
 @contextmanager
 def _progress(output: Output, total_bytes: int) -> Iterator[Callable[[int], None]]:
     """A bar on stderr for a person who waits; gives a function that moves it on."""
-    if output.quiet or output.as_json or not sys.stderr.isatty():
+    if not total_bytes or output.quiet or output.as_json or not sys.stderr.isatty():
         yield lambda _: None
         return
     from rich.console import Console
@@ -162,6 +163,6 @@ def _progress(output: Output, total_bytes: int) -> Iterator[Callable[[int], None
 def _resumes_from(target: Target, results: Sequence[Verification]) -> str:
     """Where training would go on, by what was just found."""
     damaged = {result.name for result in results if not result.is_whole}
-    whole = [each.name for each in target.run.checkpoints if each.name not in damaged]
+    whole = [each.name for each in preferred(target.run.checkpoints) if each.name not in damaged]
     cure = f'"highcamp rm {shown_path(target.run.path)}@NAME --apply" takes a damaged one away'
-    return f"training resumes from {whole[-1]}; {cure}" if whole else "no checkpoint is left to resume from"
+    return f"training resumes from {whole[0]}; {cure}" if whole else "no checkpoint is left to resume from"

@@ -87,6 +87,8 @@ class HostArray:
     """A hint: it will probably be the same at the next save, as a parameter that is not trained."""
     is_immutable: bool = False
     """Its bytes never change as long as somebody holds them, as those of a JAX array."""
+    is_trained: bool = False
+    """It is known to be what training changes on purpose, as a parameter with a gradient: an infinity in it is no constant."""
 
     def __post_init__(self) -> None:
         """Raise InvalidArgument when the bytes cannot be what dtype and shape say."""
@@ -168,10 +170,12 @@ class DistantArray(HostArray):
         kind: str = "",
         *,
         is_still: bool = False,
+        is_trained: bool = False,
+        is_immutable: bool = False,
     ) -> None:
         """bring: fills a writable view of bytes with those of the array in C order, from a given byte on."""
-        values = {"dtype": dtype, "shape": shape, "tie": tie, "kind": kind, "is_still": is_still, "is_immutable": False}
-        for name, value in values.items():
+        values = {"dtype": dtype, "shape": shape, "tie": tie, "kind": kind, "is_immutable": is_immutable}
+        for name, value in {**values, "is_still": is_still, "is_trained": is_trained}.items():
             object.__setattr__(self, name, value)
         object.__setattr__(self, "_bring", bring)
 

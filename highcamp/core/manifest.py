@@ -7,6 +7,7 @@ check it without agreeing on how numbers are spelled.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import re
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -25,6 +26,7 @@ FORMAT = 1
 """The format version that this code writes and the newest it reads."""
 MANIFEST = "manifest.json"
 STATE = "state.json"
+MAX_NAMED_TENSORS = 20  # of those that are not finite: once one is, soon all are, and a person reads the first few
 MAX_MANIFEST_BYTES = 8 << 20  # thousands of files per checkpoint fit; a hostile one is refused in milliseconds
 _DIGEST_LINE = re.compile(rb',\n  "digest": "xxh3-128:[0-9a-f]{32}"\n\}\n\Z')
 _DIGEST_LINE_BYTES = len(b',\n  "digest": "xxh3-128:"\n}\n') + 32
@@ -56,6 +58,21 @@ class Object(msgspec.Struct, frozen=True, gc=False):
     weights: bool | msgspec.UnsetType = msgspec.UNSET
 
 
+class Health(msgspec.Struct, frozen=True, gc=False):
+    """What is wrong with the weights: how many tensors are not finite, and the first few of them.
+
+    tensors: "nan" or "inf" by "object/tensor", see `highcamp.core.health`.
+    """
+
+    nonfinite: Count = 0
+    tensors: dict[str, str] = {}
+
+    @classmethod
+    def of(cls, found: Mapping[str, str]) -> Health:
+        """The record of what was found, by "object/tensor"."""
+        return cls(len(found), dict(itertools.islice(found.items(), MAX_NAMED_TENSORS)))
+
+
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Everything that is known about a checkpoint without reading its tensors.
 
@@ -64,7 +81,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     changed hands. parent: the checkpoint that
     this state grew out of. created_at: RFC 3339, UTC. metrics: those measured at this step; a value that is not finite is
     null there and named in `nonfinite` ("nan", "inf", "-inf"). weights_of: of a checkpoint that holds nothing but the weights
-    of an earlier one, which it has replaced, the sequence of that one; unset for every other.
+    of an earlier one, which it has replaced, the sequence of that one; unset for every other. health: of its weights; unset
+    where it was not looked at, and where nothing is known to be weights.
     """
 
     format: Count = FORMAT
@@ -83,6 +101,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     objects: dict[str, Object] = {}
     versions: dict[str, str] = {}
     weights_of: Count | msgspec.UnsetType = msgspec.UNSET
+    health: Health | msgspec.UnsetType = msgspec.UNSET
 
     @property
     def values(self) -> dict[str, float]:
@@ -106,6 +125,19 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     def is_divisible(self) -> bool:
         """Whether some of its objects are weights and some are not; not so where that was not recorded."""
         return {each.weights for each in self.objects.values()} == {True, False}
+
+    @property
+    def is_healthy(self) -> bool | None:
+        """Whether no weight is NaN or infinite; None where that is not known."""
+        return None if self.health is msgspec.UNSET else self.health.nonfinite == 0
+
+    def nonfinite_tensors(self, name: str) -> dict[str, str] | None:
+        """Of the object called `name`, what is wrong with its tensors, by name; None if not all of it is known."""
+        health = self.health
+        if health is msgspec.UNSET or health.nonfinite != len(health.tensors) or self.objects[name].weights is not True:
+            return None
+        start = f"{name}/"
+        return {key.removeprefix(start): word for key, word in health.tensors.items() if key.startswith(start)}
 
 
 _DECODER, _ENCODER = msgspec.json.Decoder(Manifest), msgspec.json.Encoder()

@@ -57,6 +57,8 @@ class Flat:
     """The tensors by name, in the order of the tree; tied ones once."""
     weights: bool = False
     """Whether it is the state of a model, or weights by another name; for whoever captures it to say."""
+    trained: frozenset[str] = frozenset()
+    """Those of its tensors that are known to be trained; for whoever captures it to say, and for weights alone."""
 
 
 def flatten(tree: object, as_array: AsArray, *, where: str) -> Flat:

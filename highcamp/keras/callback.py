@@ -11,10 +11,10 @@ import keras
 from keras.src.utils import io_utils
 from keras.src.utils.rng_utils import get_random_seed
 
-from highcamp.core.names import is_file_name
-from highcamp.errors import InvalidArgument, InvalidState
-from highcamp.keras import state
+from highcamp.errors import InvalidArgument
+from highcamp.keras import state, trained
 from highcamp.keras.dataset import EpochDataset
+from highcamp.keras.loop import NEVER, Loop, last_execution
 from highcamp.keras.midway import Midway
 from highcamp.keras.model_checkpoint import compiled_metrics
 from highcamp.keras.numbers import as_number
@@ -56,6 +56,9 @@ class CheckpointCallback(keras.callbacks.Callback):
     on PyTorch and JAX. On TensorFlow arrays are shuffled where no state can be read: there, call
     `keras.utils.set_random_seed` first, or use an EpochDataset.
 
+    Asked to stop by SIGTERM, SIGUSR1, SIGUSR2, Ctrl-C or a deadline, it saves when the batch under way is done, or at once
+    within an evaluation, and ends the process with the conventional exit code. The rerun goes on at that place.
+
     With `every=Every(steps=…)` or `seconds=…`, or such a `memory_every`, it saves within epochs as well, and goes on at the
     next batch: the batches before it are read again but not trained on. Pass an EpochDataset as `data` too, and they are
     not even read.
@@ -85,7 +88,7 @@ class CheckpointCallback(keras.callbacks.Callback):
         others. every: when a checkpoint is due. keep: which stay. restore_best: whether `fit` ends with the best weights
         in the model instead of the last. callbacks: others whose state is to be kept; those in the same list are found
         without it. data: the EpochDataset given to `fit`.
-        snapshot: "copy", or "overlap" to copy arrays that cannot change while training goes on, as on JAX.
+        snapshot: "copy" takes the state within the call that saves; Keras has no place for "overlap".
         memory_every: when the state is also copied to shared memory, for the next attempt if this process is killed.
         staging_bytes: the most memory for the copy.
         on_error: "raise" or "warn", for a save that fails. verbose: 0 warnings, 1 a line per epoch, 2 details.
@@ -97,6 +100,12 @@ class CheckpointCallback(keras.callbacks.Callback):
             raise InvalidArgument(
                 f"CheckpointCallback: data is a {type(data).__name__}, not an EpochDataset",
                 hint="other data need not be named: leave data= out",
+            )
+        if snapshot == "overlap":
+            raise InvalidArgument(
+                'CheckpointCallback: snapshot="overlap" is not possible in Keras, which tells nobody before its optimizers '
+                "change the weights",
+                hint='leave it out; "copy" takes the state within the call that saves',
             )
         self._monitor = Monitor(monitor, mode) if isinstance(monitor, str) else Monitor.of(monitor)
         self._arguments: dict[str, Any] = {
@@ -111,11 +120,9 @@ class CheckpointCallback(keras.callbacks.Callback):
         self._was_used = False
         self._resume_now = False
         self._initial_epoch_is_ours = False
+        self._loop = Loop(self, data, 1, None)
         self._midway: Midway | None = None
-        self._before: Any = None
-        self._logs: Mapping[str, Any] = {}
-        self._batches_seen = 0
-        self._iterations_seen = 0
+        self._attend_from = NEVER
         self._unrecorded: set[str] = set()
         if self._saves_within_epochs():
             # An attribute, not a method: a class with this method would cost every user Keras's asynchronous callbacks.
@@ -143,13 +150,14 @@ class CheckpointCallback(keras.callbacks.Callback):
         del logs
         model = self.model
         self._forget_initial_epoch(model)  # one that an exception has left behind
+        self._siblings.refuse_twin()
         self._siblings.warn_of_order()
         checkpointer = self._take_over()
         found = self._restore(model, checkpointer)
         self._siblings.apply()
         done, planned = checkpointer.epoch, self._planned()
         stopped = self._siblings.early_stopping() if found is not None else None
-        if stopped is not None and planned <= int(self._loop.get("epochs", 0)):
+        if stopped is not None and planned <= int(self._loop.restored.get("epochs", 0)):
             self._say(f"Run is complete: EarlyStopping ended it after epoch {done} of {planned}; nothing to train")
             model._initial_epoch = max(planned, 1)  # noqa: SLF001
         elif done >= planned:
@@ -170,48 +178,89 @@ class CheckpointCallback(keras.callbacks.Callback):
         if self._resume_now:
             self._resume_now = False
             self._siblings.apply_late()
-            self._fill_history(model, checkpointer.epoch)
+            trained.fill_history(model, self.run, checkpointer.epoch)
             if epoch != checkpointer.epoch:  # fit(initial_epoch=…) on a fresh run
                 checkpointer.progress.move(None, epoch)
-        checkpointer.begin_epoch()
-        self._iterations_seen = _iterations(model)
-        self._batches_seen = 0
-        midway, self._midway = self._midway, None
+        if not checkpointer.progress.in_epoch:  # the first of this attempt; the others begin where the one before ends
+            checkpointer.begin_epoch()
+        midway = self._midway
+        self._loop.begin_epoch(model, midway)
+        self._attend_from = NEVER if self._saves_within_epochs() else last_execution(model, self._steps())
         if midway is not None:
             checkpointer.progress.hand_over()  # `Midway` goes on with the epoch, not `batches`
-            self._batches_seen = midway.position
-            self._before = midway.before
             # Callbacks have begun this epoch a second time: a schedule has been applied to what it made before.
-            self._resumed.restore(**self._objects(model))
+            self._resumed.restore(**trained.objects(model))
             midway.begin(model, self._siblings.apply)
-        elif self._saves_within_epochs():
-            self._before = random_state()
         if self._data is not None:
-            self._data.set_epoch(epoch, position=self._batches_seen)
+            self._data.set_epoch(epoch, position=self._loop.batch)
+
+    def on_train_batch_begin(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
+        """If the process is asked to stop, or if it may be the last of the epoch, attend to the end of this batch.
+
+        This hook is called in the thread that trains, always; the one at the end of a batch only if somebody asks for it.
+        """
+        del logs
+        if batch >= self._attend_from or self._checkpointer.preemption.is_asked:
+            self._attend()
+
+    def _attend(self) -> None:
+        if "on_train_batch_end" not in vars(self) and self._siblings.take_turns(True):  # noqa: FBT003
+            self.on_train_batch_end = self._after_attended
+
+    def _after_attended(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
+        del self.on_train_batch_end
+        self._siblings.take_turns(False)  # noqa: FBT003
+        self._after_batch(batch, logs)
 
     def _after_batch(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
         """Steps are done; save if that is due. The model is not touched otherwise: on JAX each touch costs."""
-        if batch < self._batches_seen:
-            return  # passed over, not trained on
-        count = batch + 1 - self._batches_seen
-        self._batches_seen = batch + 1
-        self._logs = logs or {}
-        steps = self.params.get("steps")
-        self._checkpointer.progress.batch = self._batches_seen
-        self._checkpointer.end_step(count, is_last=steps is not None and self._batches_seen >= steps)
+        checkpointer, loop = self._checkpointer, self._loop
+        if batch < loop.batch:  # passed over, not trained on
+            checkpointer.stop_if_asked()
+            return
+        count, is_last = loop.count(batch, logs)
+        checkpointer.progress.batch = loop.batch
+        checkpointer.end_step(count, is_last=is_last)
+
+    def on_test_begin(self, logs: Mapping[str, Any] | None = None) -> None:
+        """The batches of an epoch are done. What the evaluation changes is set aside: it may be asked to stop."""
+        del logs
+        if self._loop.is_under_way:
+            model = self.model
+            self._end_batches(model)
+            if self._siblings.leave_evaluation_alone():
+                self._loop.rest(model)
+                self._checkpointer.progress.rest = random_state()
+
+    def on_test_batch_begin(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
+        """Asked to stop within an evaluation, save the state after the last batch; it is evaluated when run again."""
+        del batch, logs
+        if self._loop.is_resting and self._checkpointer.preemption.is_asked:
+            self._checkpointer.stop_if_asked()
 
     def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
         """Record the metrics, and save if that is due."""
         model, checkpointer = self.model, self._checkpointer
-        if not self._saves_within_epochs():
-            checkpointer.end_step(max(0, _iterations(model) - self._iterations_seen), is_last=True)
-        self._batches_seen, self._before, self._logs = 0, None, {}
+        self._end_batches(model)
+        self._loop.end_epoch()
         checkpointer.progress.batch = 0
         checkpointer.log(self._numbers(logs or {}))
         checkpointer.end_epoch()
         if epoch + 1 >= self._planned() or model.stop_training:
             # Now rather than in on_train_end: in between, `fit` puts averaged weights in the place of the trained ones.
             checkpointer.finish()
+        else:
+            checkpointer.begin_epoch()  # before other callbacks begin it, which may change what would be saved
+
+    def _end_batches(self, model: Any) -> None:
+        """All batches of the epoch are done, those of which nobody has told included."""
+        midway, self._midway = self._midway, None
+        if midway is not None:
+            midway.end()
+        count = self._loop.count_rest(model)
+        if count:
+            self._checkpointer.end_step(count, is_last=True)
+        self._checkpointer.progress.batch = self._loop.batch
 
     def on_train_end(self, logs: Mapping[str, Any] | None = None) -> None:
         """Training is done: everything is durable when this returns."""
@@ -220,7 +269,7 @@ class CheckpointCallback(keras.callbacks.Callback):
         self._forget_initial_epoch(model)
         if self._resume_now:
             self._resume_now = False
-            self._fill_history(model, checkpointer.epoch)
+            trained.fill_history(model, self.run, checkpointer.epoch)
         checkpointer.finish()
         if self._siblings.early_stopping() is not None and checkpointer.epoch:
             checkpointer.start(epochs_planned=checkpointer.epoch)  # as many as there will be
@@ -248,54 +297,19 @@ class CheckpointCallback(keras.callbacks.Callback):
         self._checkpointer.close()
 
     def _restore(self, model: Any, checkpointer: Checkpointer) -> Checkpoint | None:
-        self._build(model)
-        self._loop: dict[str, Any] = {}
-        objects = self._objects(model)
-        checkpointer.track(**objects, callbacks=self._siblings, keras=_Loop(self))
+        trained.build(model, self._data)
+        self._loop, self._midway = Loop(self, self._data, self._planned(), self._steps()), None
+        checkpointer.track(keras=self._loop, **trained.objects(model), callbacks=self._siblings)
         found = checkpointer.start(epochs_planned=self._planned())
         if found is None:
             return None
         self._resumed = found
+        if self._loop.length_change:
+            self._say(f"{self._loop.length_change}: the run goes on, but is another one from here", level=0)
         if found.batch:
-            checkpointer.progress.hand_over()  # `Midway` goes on with the epoch, not `batches`
-            self._midway = Midway(self._loop["midway"], found.batch, random_state(), where=found.path)
-        state.set_random_state(self._loop["random"])
+            self._midway = Midway(self._loop.restored["midway"], found.batch, random_state(), where=found.path)
+        state.set_random_state(self._loop.restored["random"])
         return found
-
-    def _build(self, model: Any) -> None:
-        """Variables must exist before they can be restored: TensorFlow would make them with the first batch."""
-        if not model.built and self._data is not None:
-            model._symbolic_build(data_batch=self._data.batch(0, 0))  # noqa: SLF001
-        if not model.built:
-            raise InvalidState(
-                f"CheckpointCallback: the model {model.name!r} is not built when training begins, so nothing could be "
-                "restored into it after a restart",
-                hint="start it with keras.Input(shape), or call model.build(input_shape) before fit",
-            )
-        if model.optimizer is not None and not model.optimizer.built:
-            model.optimizer.build(model.trainable_variables)
-
-    def _objects(self, model: Any) -> dict[str, Any]:
-        """The model and its optimizers, those that a model of several has under names of its own included."""
-        objects = {"model": model}
-        for attribute, value in [("optimizer", model.optimizer), *sorted(vars(model).items())]:
-            name = attribute.lstrip("_")
-            is_optimizer = isinstance(value, keras.optimizers.Optimizer) and is_file_name(name)
-            if is_optimizer and not any(value is known for known in objects.values()):
-                objects[name] = value
-        return objects
-
-    def _fill_history(self, model: Any, done: int) -> None:
-        """Put the epochs of earlier attempts before those of this one in Keras's own History."""
-        history = getattr(model, "history", None)
-        if not isinstance(history, keras.callbacks.History) or not done:
-            return
-        rows = [row for row in self.run.history.epochs() if 0 < row.epoch <= done]
-        history.epoch[:] = [row.epoch - 1 for row in rows]
-        history.history.clear()
-        for row in rows:
-            for name, value in row.metrics.items():
-                history.history.setdefault(name, []).append(value)
 
     def _put_best(self, model: Any) -> None:
         best = self._checkpointer.best
@@ -312,6 +326,11 @@ class CheckpointCallback(keras.callbacks.Callback):
     def _saves_within_epochs(self) -> bool:
         cadences = (self._arguments["every"], self._arguments["memory_every"])
         return any(every is not None and not every.counts_only_epochs for every in cadences)
+
+    def _steps(self) -> int | None:
+        """Batches in an epoch, None where data do not tell."""
+        steps = (self.params or {}).get("steps")
+        return None if steps is None else int(steps)
 
     def _planned(self) -> int:
         return int((self.params or {}).get("epochs", 1))
@@ -337,7 +356,7 @@ class CheckpointCallback(keras.callbacks.Callback):
         return found
 
     def _warn_of_what_is_not_exact(self) -> None:
-        steps = self.params.get("steps")
+        steps = self._steps()
         if self._data is not None and steps is not None and steps != len(self._data):
             raise InvalidArgument(
                 f"CheckpointCallback: fit has {steps} steps per epoch, data= has {len(self._data)} batches",
@@ -362,38 +381,3 @@ class CheckpointCallback(keras.callbacks.Callback):
         """Through Keras's own printing, on a line of its own where a progress bar is under way."""
         has_bar = (self.params or {}).get("verbose") == 1
         io_utils.print_msg(("\n" if has_bar else "") + line)
-
-
-class _Loop:
-    """What belongs to the loop rather than to an object: Keras's random state, data order, the middle of an epoch."""
-
-    def __init__(self, callback: CheckpointCallback) -> None:
-        self._callback = callback
-
-    def state_dict(self) -> dict[str, Any]:
-        callback = self._callback
-        midway = None
-        if callback._batches_seen:  # noqa: SLF001
-            midway = Midway.capture(callback.model, callback._before, callback._logs)  # noqa: SLF001
-        return {
-            "backend": keras.backend.backend(),
-            "epochs": callback._planned(),  # noqa: SLF001
-            "random": state.random_state(),
-            "data": None if callback._data is None else callback._data.state_dict(),  # noqa: SLF001
-            "midway": midway,
-        }
-
-    def load_state_dict(self, saved: dict[str, Any]) -> None:
-        callback = self._callback
-        if callback._data is not None and saved["data"] is not None:  # noqa: SLF001
-            callback._data.load_state_dict(saved["data"])  # noqa: SLF001
-        callback._loop = saved  # noqa: SLF001
-
-
-def _iterations(model: Any) -> int:
-    """Batches the optimizer has seen: steps, or parts of them while gradients are accumulated. 0 without an optimizer."""
-    optimizer = model.optimizer
-    counter = getattr(optimizer, "_iterations", None)
-    if counter is None or optimizer is None:
-        return 0
-    return int(keras.ops.convert_to_numpy(getattr(optimizer, "inner_optimizer", optimizer)._iterations))  # noqa: SLF001

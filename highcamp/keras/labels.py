@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
 ARCHITECTURE = "architecture"
+CLASS = "class"
 """Where a model's tree holds the model as Keras serializes it, as plain JSON; no variable has this name."""
 
 # Keras numbers the names it makes itself across the whole process: the second model's "dense" is "dense_1".

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import keras
 import numpy as np
 
+from highcamp.keras import state
 from highcamp.keras.state import assign
 from highcamp.training.rng import set_random_state
 
@@ -27,6 +28,7 @@ class Midway:
         self.position = position
         self._now = now
         self._where = where
+        self._give_back: Callable[[], None] | None = None
 
     @property
     def before(self) -> Any:
@@ -34,18 +36,29 @@ class Midway:
         return self._saved["before"]
 
     @staticmethod
-    def capture(model: Any, before: Any, logs: Mapping[str, Any]) -> dict[str, Any]:
-        """What is saved within an epoch. before: the random states as it began."""
+    def capture(model: Any, before: Any, logs: Mapping[str, Any], *, is_at_rest: bool = False) -> dict[str, Any]:
+        """What is saved within an epoch. before: the random states as it began.
+
+        is_at_rest: its batches are done, and what an evaluation changes is part of it: the seeds of layers that draw.
+        """
+        rest = None
+        if is_at_rest:
+            random = state.random_state()
+            if random["generator"] is not None:
+                random["generator"] = _copy(random["generator"])
+            rest = {"seeds": [_copy(variable) for variable in _seeds(model)], "random": random}
         return {
             "before": before,
-            "metrics": [np.array(keras.ops.convert_to_numpy(variable)) for variable in model.metrics_variables],
+            "metrics": [_copy(variable) for variable in model.metrics_variables],
             "logs": {name: value for name, value in logs.items() if isinstance(value, int | float)},
+            "is_stopped": bool(model.stop_training),
+            "rest": rest,
         }
 
     def begin(self, model: Any, finish: Callable[[], None]) -> None:
         """In `on_epoch_begin`: set the stage as it was when the epoch began, and pass over what is done.
 
-        finish: called once, right before the first batch that is trained on.
+        finish: called once, right before the first batch that is trained on, or by `end`.
         """
         set_random_state(self._saved["before"], where=self._where)
         self._restore_metrics(model)
@@ -54,23 +67,40 @@ class Midway:
         steps = max(1, int(getattr(model, "steps_per_execution", 1) or 1))
         left = self.position
 
+        def give_back() -> None:
+            model.train_function = trained
+            rest = self._saved["rest"]
+            if rest is not None:
+                for variable, value in zip(_seeds(model), rest["seeds"], strict=True):
+                    assign(variable, np.asarray(value), variable.path)
+                state.set_random_state(rest["random"])
+                set_random_state(self._now, where=self._where)
+            finish()
+
         def pass_over(*arguments: Any) -> Any:
             nonlocal left
             if left <= 0:
-                model.train_function = trained
-                finish()
+                self.end()
                 return trained(*arguments)
             taken = _take(arguments[-1], min(steps, left)) if backend != "torch" else None
+            if backend == "tensorflow" and left == self.position:
+                self._build_metrics(model, taken)  # not later: a callback may end the epoch here as well
             left -= steps
             if left <= 0:
-                if backend == "tensorflow":
-                    self._build_metrics(model, taken)
                 # Before the next batch is read: reading it may draw numbers, and did so after the save.
                 set_random_state(self._now, where=self._where)
+                model.stop_training = self._saved["is_stopped"]  # a callback has ended the epoch with this batch
             logs = dict(self._saved["logs"])
             return (logs, arguments[0]) if backend == "jax" else logs
 
+        self._give_back = give_back
         model.train_function = pass_over
+
+    def end(self) -> None:
+        """Everything is passed over: from here on it is trained, or evaluated. Twice is once."""
+        give_back, self._give_back = self._give_back, None
+        if give_back is not None:
+            give_back()
 
     def _restore_metrics(self, model: Any) -> bool:
         """The means of the epoch so far. False if the metrics are not made yet, as on TensorFlow before a first batch."""
@@ -93,3 +123,13 @@ def _take(iterator: Any, count: int) -> Any:
     for _ in range(count):
         batch = next(iterator)
     return batch
+
+
+def _seeds(model: Any) -> list[Any]:
+    """The states of the model's random generators: variables that are no weights."""
+    weights = {id(variable) for variable in model.weights}
+    return [variable for variable in model.variables if id(variable) not in weights]
+
+
+def _copy(variable: Any) -> np.ndarray[Any, Any]:
+    return np.array(keras.ops.convert_to_numpy(variable))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 
-from highcamp.errors import InvalidArgument
+from highcamp.errors import InvalidArgument, Refused
 from highcamp.keras.state import callback_state, has_callback_state, set_callback_state
 
 if TYPE_CHECKING:
@@ -36,7 +36,8 @@ class Siblings:
     def look(self, owner: Any) -> None:
         """Find the list that `owner` is in, from within its `set_model`."""
         self._owner = owner
-        seen = _enclosing_list(owner) or []
+        self._list = _enclosing_list(owner)
+        seen = [] if self._list is None else list(self._list.callbacks)
         others = [callback for callback in seen if callback is not owner and has_callback_state(callback)]
         self._callbacks = others + [callback for callback in self._given if not any(callback is one for one in others)]
         self._seen = seen
@@ -73,6 +74,15 @@ class Siblings:
                     continue
                 set_callback_state(callback, self._restored[name])
 
+    def refuse_twin(self) -> None:
+        """Raise Refused if there is a second callback like ours."""
+        twins = [each for each in self._seen if isinstance(each, type(self._owner))]
+        if len(twins) > 1:
+            raise Refused(
+                f"{len(twins)} CheckpointCallbacks in one fit: the model could be restored from only one of their runs",
+                hint="leave one out; keep=Keep(best=…, last=…) keeps several checkpoints for several reasons",
+            )
+
     def warn_of_order(self) -> None:
         """Say which callbacks change their state, or the model's, after ours has saved it."""
         changing = (keras.callbacks.LearningRateScheduler,)
@@ -92,6 +102,27 @@ class Siblings:
                 return callback
         return None
 
+    def take_turns(self, is_wanted: bool) -> bool:  # noqa: FBT001  (switched on, and off again)
+        """Have the hooks at batch ends called in the thread that trains, for a while. False if the list is not known.
+
+        On JAX and PyTorch Keras calls them in others, beside the next batch, where nothing can be saved.
+        """
+        found = self._list
+        if found is None:
+            return False
+        if is_wanted and found._async_train:  # noqa: SLF001  (there is no other door)
+            found._flush_futures()  # noqa: SLF001
+            found._async_train, self._was_async = False, True  # noqa: SLF001
+        elif not is_wanted and self._was_async:
+            found._async_train, self._was_async = True, False  # noqa: SLF001
+        return True
+
+    def leave_evaluation_alone(self) -> bool:
+        """Whether none of the callbacks changes the model while it is evaluated, as SwapEMAWeights does."""
+        hooks = [each.on_test_begin for each in self._seen if each is not self._owner]
+        swaps = any(isinstance(each, keras.callbacks.SwapEMAWeights) for each in self._seen)
+        return self._list is not None and not swaps and all(hook.__module__.startswith("keras.") for hook in hooks)
+
     def _named(self) -> dict[str, Any]:
         named: dict[str, Any] = {}
         for callback in self._callbacks:
@@ -108,13 +139,14 @@ class Siblings:
         return self._seen[places[0] + 1 :] if places else []
 
     _seen: list[Any] = []  # noqa: RUF012  (replaced, never changed)
+    _list: Any = None
+    _was_async = False
 
 
-def _enclosing_list(callback: Any) -> list[Any] | None:
-    """The callbacks of the CallbackList that is calling us, None if nobody of that kind is.
+def _enclosing_list(callback: Any) -> Any | None:
+    """The CallbackList that is calling us, None if nobody of that kind is.
 
-    Keras gives a callback no way to its list. `set_model` is called by the list's own method, whose `self` it is; only
-    looked at, never changed.
+    Keras gives a callback no way to its list. `set_model` is called by the list's own method, whose `self` it is.
     """
     frame = sys._getframe(1)  # noqa: SLF001  (there is no other door)
     for _ in range(_MAX_FRAMES):
@@ -124,5 +156,5 @@ def _enclosing_list(callback: Any) -> list[Any] | None:
         frame = back
         found = frame.f_locals.get("self")
         if isinstance(found, keras.callbacks.CallbackList) and any(one is callback for one in found.callbacks):
-            return list(found.callbacks)
+            return found
     return None

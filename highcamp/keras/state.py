@@ -3,7 +3,7 @@
 A model is a flat tree `{"dense/kernel": Variable, …}` over `model.variables`: weights, and the state of every
 SeedGenerator, which `.keras` and `.weights.h5` files lack. Its architecture rides along as plain JSON under
 `ARCHITECTURE`, so that an export can rebuild it. An optimizer is a flat tree over `optimizer.variables`: iterations,
-learning rate, slots, moving averages.
+learning rate, slots, moving averages; its class rides along under `CLASS`, because AdamW has the variables of Adam.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from keras.src.utils.rng_utils import GLOBAL_RANDOM_SEED
 from highcamp.core.array import HostArray
 from highcamp.core.tree import differences
 from highcamp.errors import InvalidState, Mismatch
-from highcamp.keras.labels import ARCHITECTURE, differ_by_counters, layer_labels, optimizer_labels
+from highcamp.keras.labels import ARCHITECTURE, CLASS, differ_by_counters, layer_labels, optimizer_labels
 from highcamp.keras.numbers import as_number
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def capture(obj: object) -> object | None:
             obj.jax_state_sync()  # while an epoch runs, the values of model and optimizer are elsewhere
         return model_state(obj)
     if isinstance(obj, keras.optimizers.Optimizer):
-        return dict(zip(optimizer_labels(obj), _variables(obj), strict=True))
+        return {**dict(zip(optimizer_labels(obj), _variables(obj), strict=True)), CLASS: _class(obj)}
     if isinstance(obj, keras.callbacks.Callback):
         return callback_state(obj)
     if isinstance(obj, keras.random.SeedGenerator):
@@ -97,11 +97,11 @@ def check(obj: object, tree: object) -> list[str]:
         return [] if isinstance(tree, dict) else [f"is not a callback's state but a {type(tree).__name__}"]
     if not isinstance(tree, dict):
         return [f"is not a Keras state but a {type(tree).__name__}"]
+    is_optimizer = isinstance(obj, keras.optimizers.Optimizer)
+    if is_optimizer and tree.get(CLASS, _class(obj)) != _class(obj):
+        return [f"{CLASS}: {tree[CLASS]} in the checkpoint, {_class(obj)} here"]
     live = _live_variables(obj)
-    if live is None:
-        return []
-    saved = {name: value for name, value in tree.items() if name != ARCHITECTURE}
-    return _differences(saved, live)
+    return [] if live is None else _differences(_variables_of(tree), live)
 
 
 def restore(obj: object, tree: object) -> None:
@@ -127,8 +127,7 @@ def restore(obj: object, tree: object) -> None:
             f"{type(obj).__name__} has no variables yet, so nothing can be restored into it",
             hint="build it first: model.build(input_shape), or optimizer.build(model.trainable_variables)",
         )
-    saved = {name: value for name, value in tree.items() if name != ARCHITECTURE}
-    for (name, variable), value in zip(live.items(), _in_order(saved, live), strict=True):
+    for (name, variable), value in zip(live.items(), _in_order(_variables_of(tree), live), strict=True):
         assign(variable, np.asarray(value), name)
 
 
@@ -219,6 +218,16 @@ def _is_plain(value: Any) -> bool:
 
 def _variables(optimizer: Any) -> list[Any]:
     return list(optimizer.variables)
+
+
+def _variables_of(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved tree without what rides along."""
+    return {name: value for name, value in tree.items() if not isinstance(value, str) and name != ARCHITECTURE}
+
+
+def _class(optimizer: Any) -> str:
+    inner = getattr(optimizer, "inner_optimizer", None)  # of one that scales the loss
+    return type(optimizer).__name__ + (f"({_class(inner)})" if inner is not None else "")
 
 
 def _live_variables(obj: Any) -> dict[str, Any] | None:

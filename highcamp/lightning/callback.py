@@ -22,7 +22,7 @@ from highcamp.policy.cadence import Every
 from highcamp.policy.monitor import Monitor
 from highcamp.policy.retention import Keep
 from highcamp.run import live
-from highcamp.training.arguments import refuse_unknown
+from highcamp.training.arguments import CHECKPOINTER, refuse_unknown
 from highcamp.training.checkpointer import Checkpointer
 from highcamp.training.rng import random_state, set_random_state
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from highcamp.lightning.loader import TrackedLoader
     from highcamp.storage.store import Store
 
-_KNOWN = ("directory", "monitor", "every", "keep", "on_error", "verbose")
+_KNOWN = ("directory", *CHECKPOINTER)
 
 
 class CheckpointCallback(ScoredCheckpoint):
@@ -67,6 +67,9 @@ class CheckpointCallback(ScoredCheckpoint):
         *,
         every: Every = Every(epochs=1),  # noqa: B008  (frozen)
         keep: Keep = Keep(),  # noqa: B008  (frozen)
+        snapshot: Literal["copy", "overlap"] = "copy",
+        memory_every: Every | None = None,
+        staging_bytes: int | None = None,
         on_error: Literal["raise", "warn"] = "raise",
         verbose: int = 1,
         **unknown: object,
@@ -74,19 +77,23 @@ class CheckpointCallback(ScoredCheckpoint):
         """Nothing is written or restored before training begins.
 
         directory: the run. monitor: the metric that ranks checkpoints, as it is logged; a name of the usual kind is enough
-        ("val_loss"), any other needs `Monitor(name, mode=…)`. every: when a checkpoint is due. keep: which stay. on_error:
-        "raise" or "warn", for a save that fails. verbose: 0 warnings, 1 a line per epoch, 2 details. Raises InvalidArgument,
-        Refused for a directory that is a file, and TypeError for unknown arguments.
+        ("val_loss"), any other needs `Monitor(name, mode=…)`. every: when a checkpoint is due. keep: which stay.
+        snapshot: "copy" takes the state within the save; "overlap" during the next forward and backward, for modules in which
+        only the optimizers change the weights. memory_every: when the state is also copied to shared memory, for the next
+        attempt if this process is killed. staging_bytes: the most memory for the copy. on_error: "raise" or "warn", for a
+        save that fails. verbose: 0 warnings, 1 a line per epoch, 2 details. Raises InvalidArgument, Refused for a directory
+        that is a file, and TypeError for unknown arguments.
         """
         super().__init__()
         refuse_unknown("CheckpointCallback", unknown, _KNOWN)
         self._monitor = Monitor.of(monitor)
-        self._every = every
         self._directory = directory
         self._arguments: dict[str, Any] = {
-            "monitor": self._monitor, "every": every, "keep": keep, "on_error": on_error, "verbose": verbose,
+            "monitor": self._monitor, "every": every, "keep": keep, "snapshot": snapshot, "memory_every": memory_every,
+            "staging_bytes": staging_bytes, "on_error": on_error, "verbose": verbose,
         }  # fmt: skip
         self._checkpointer = Checkpointer(directory, **self._arguments)  # made now, so that it complains now
+        self._within = next((each for each in (every, memory_every) if each and not each.counts_only_epochs), None)
         self._was_used = False
         self._trainer: Any = None  # while it fits
         self._state: TrainerState | None = None
@@ -185,10 +192,12 @@ class CheckpointCallback(ScoredCheckpoint):
         if self._trainer is None:
             return
         self._only_between_epochs = loop.why_only_between_epochs(trainer)
-        if self._only_between_epochs and not self._every.counts_only_epochs:
+        if self._only_between_epochs and self._within is not None:
             hint = "save between epochs: every=Every(epochs=1)"
-            raise Refused(f"every={self._every}: {self._only_between_epochs}", hint=hint)
+            raise Refused(f"{self._within}: {self._only_between_epochs}", hint=hint)
         self._is_training = True
+        if self._state is not None:
+            self._state.optimizers.attach(trainer.optimizers)
         self._steps_seen, self._batches_seen = trainer.global_step, 0
         resume = self._resume
         if resume is None:
@@ -331,7 +340,7 @@ class CheckpointCallback(ScoredCheckpoint):
             checkpointer.log(self._measured)
             self._measured = {}
         if stepped:  # else gradients have come together that no checkpoint holds
-            checkpointer.end_step(0, is_last=self._every.counts_only_epochs)
+            checkpointer.end_step(0, is_last=self._within is None and not checkpointer.preemption.is_asked)
 
     def _count_steps(self) -> int:
         steps = self._trainer.global_step

@@ -9,7 +9,8 @@ import lightning
 from lightning.pytorch.plugins import CheckpointIO
 
 from highcamp.errors import Refused
-from highcamp.lightning.state import MODEL, OPTIMIZERS, TRAINER, Part, as_lightning
+from highcamp.lightning.part import Part
+from highcamp.lightning.state import MODEL, OPTIMIZERS, TRAINER, as_lightning
 from highcamp.run.run import open_run
 
 if TYPE_CHECKING:

@@ -14,6 +14,8 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging
 
 from highcamp.core.tree import flatten
 from highcamp.errors import InvalidState
+from highcamp.lightning.barrier import Optimizers
+from highcamp.lightning.part import Part
 from highcamp.run import live
 
 if TYPE_CHECKING:
@@ -24,28 +26,11 @@ HYPER_PARAMETERS = ("hyper_parameters", "datamodule_hyper_parameters")
 _TYPES = ("hparams_type", "datamodule_hparams_type")  # classes, which only `load_from_checkpoint` asks for
 
 
-class Part:
-    """One object of a checkpoint; what is restored is only kept, for Lightning to put it in its place."""
-
-    def __init__(self, give: Callable[[], Any], *, is_weights: bool) -> None:
-        """give: its state now."""
-        self._give = give
-        self.is_weights = is_weights
-        self.saved: Any = None
-
-    def state_dict(self) -> Any:
-        """The state now."""
-        return self._give()
-
-    def load_state_dict(self, saved: Any) -> None:
-        """The state that was saved."""
-        self.saved = saved
-
-
 class TrainerState:
     """The state of one Trainer: its model, its optimizers, the rest of what Lightning saves, and the loop.
 
-    is_capturing: it is being gathered. left_out: hyper-parameters that are no plain values.
+    optimizers: the part that has them, once they are made. is_capturing: it is being gathered. left_out: hyper-parameters
+    that are no plain values.
     """
 
     def __init__(self, trainer: Any, loop: Callable[[], dict[str, Any]], is_midway: Callable[[], bool]) -> None:
@@ -55,8 +40,9 @@ class TrainerState:
         self.is_capturing = False
         self.left_out: list[str] = []
         self._gathered: dict[str, Any] = {}
+        self.optimizers = Optimizers(partial(self._give, OPTIMIZERS))
         self.parts = {
-            name: Part(partial(self._give, name), is_weights=name == MODEL)
+            name: self.optimizers if name == OPTIMIZERS else Part(partial(self._give, name), is_weights=name == MODEL)
             for name in (MODEL, OPTIMIZERS, TRAINER, LOOP)
         }
 
@@ -87,7 +73,8 @@ class TrainerState:
             if key in checkpoint:
                 checkpoint[key] = self._plain(checkpoint[key])
         model, optimizers = checkpoint.pop("state_dict"), checkpoint.pop("optimizer_states")
-        return {MODEL: dict(model), OPTIMIZERS: optimizers, TRAINER: checkpoint, LOOP: self._loop()}
+        model = with_parameters(self._trainer.lightning_module, model)
+        return {MODEL: model, OPTIMIZERS: optimizers, TRAINER: checkpoint, LOOP: self._loop()}
 
     def _plain(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
         """The hyper-parameters that files can hold. Training goes on without the others; they are the script's to make."""
@@ -101,6 +88,27 @@ class TrainerState:
             else:
                 kept[name] = value
         return kept
+
+
+def with_parameters(module: torch.nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
+    """A module's state with the parameters themselves in the place of tensors that are only views of them.
+
+    Views are new ones each time; parameters are known again, and say which of them are trained.
+    """
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    found = dict(state)
+    for name, value in state.items():
+        parameter = parameters.get(name)
+        if isinstance(value, torch.Tensor) and parameter is not None and _is_view_of_all(value, parameter):
+            found[name] = parameter
+    return found
+
+
+def _is_view_of_all(value: torch.Tensor, parameter: torch.Tensor) -> bool:
+    if torch.nn.parameter.is_lazy(value) or torch.nn.parameter.is_lazy(parameter) or type(value) is not torch.Tensor:
+        return False
+    same = (value.shape, value.dtype, value.device) == (parameter.shape, parameter.dtype, parameter.device)
+    return same and value.stride() == parameter.stride() and value.data_ptr() == parameter.data_ptr()
 
 
 def as_lightning(objects: Mapping[str, Any]) -> dict[str, Any]:

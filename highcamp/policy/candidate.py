@@ -14,7 +14,8 @@ class Candidate(NamedTuple):  # thousands are made for each question, a third as
     name: unique in its run. step, epoch: optimizer steps and epochs done when the state was captured.
     sequence: counts the commits of the run, restarts included. metrics: may hold NaN and infinities. attempt: the one whose
     state it is. weights_of: of a checkpoint that holds weights alone, the sequence of the whole one they were taken from.
-    is_divisible: whether it holds weights and more, and it is known which is which.
+    is_divisible: whether it holds weights and more, and it is known which is which. is_healthy: whether no weight is NaN or
+    infinite, None where that is not known.
     """
 
     name: str
@@ -25,11 +26,17 @@ class Candidate(NamedTuple):  # thousands are made for each question, a third as
     attempt: int = 0
     weights_of: int | None = None
     is_divisible: bool = False
+    is_healthy: bool | None = None
 
     @property
     def order(self) -> tuple[int, int, int]:
         """Older before newer. Never the modification time: copying a run changes that."""
         return (self.step, self.sequence if self.weights_of is None else self.weights_of, self.sequence)
+
+    @property
+    def is_unhealthy(self) -> bool:
+        """Whether it is known to have weights that are NaN or infinite; what is not known is not held against it."""
+        return self.is_healthy is False
 
     @property
     def is_resumable(self) -> bool:

@@ -96,15 +96,22 @@ class Monitor:
         return gain > self.min_delta
 
     def rank(self, candidates: Iterable[Candidate], limit: int | None = None) -> list[Candidate]:
-        """Those with a finite value, best first; at most `limit` of them. O(n log n)."""
+        """Those with a finite value, best first, unhealthy ones last; at most `limit` of them. O(n log n)."""
         return list(itertools.islice(self.ranking(candidates), limit))
 
     def ranking(self, candidates: Iterable[Candidate]) -> Iterator[Candidate]:
         """The same one by one, for those who need the first few.
 
         The best is found by going from the oldest to the newest: a later one must beat the best so far by more than
-        min_delta, so ties keep the older. The second is the best of the rest, and so on.
+        min_delta, so ties keep the older. The second is the best of the rest, and so on. Whatever its value says, an
+        unhealthy one comes behind all others: no prediction of such weights can be trusted.
         """
+        made = list(candidates)
+        unhealthy = [each for each in made if each.is_unhealthy]
+        yield from self._ranking([each for each in made if not each.is_unhealthy] if unhealthy else made)
+        yield from self._ranking(unhealthy)
+
+    def _ranking(self, candidates: Sequence[Candidate]) -> Iterator[Candidate]:
         sign = 1.0 if self.mode == "min" else -1.0
         rows = [(sign * value, each) for each in candidates if (value := self.value(each.metrics)) is not None]
         if self.min_delta == 0.0:

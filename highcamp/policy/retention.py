@@ -2,7 +2,8 @@
 
 A plan is made as a whole before anything goes. It never removes the best, the last, the one resumed from, a pinned
 one or the only whole one, and it leaves damaged ones alone: they fill no quota, and what is left of them may be all
-there is. Where only the weights of a best are wanted, they are taken from it before it goes.
+there is. Unhealthy ones, whose weights are NaN or infinite, take no place among the last from healthy ones, for training
+resumes from those. Where only the weights of a best are wanted, they are taken from it before it goes.
 """
 
 from __future__ import annotations
@@ -93,8 +94,8 @@ def plan(
     best = monitor.rank(counted, limit=max(keep.best, 1)) if monitor is not None else []
     for place, each in enumerate(best, start=1):
         reasons[each.name].append(_place("best", place, keep.best))
-    for place, each in enumerate(_newest(keep, counted), start=1):
-        reasons[each.name].append(_place("last", place, keep.last))
+    for each, why in _last(keep, counted):
+        reasons[each.name].append(why)
     for period, noun in _periods(keep):
         for each in _milestones(counted, period, noun).values():
             reasons[each.name].append(_period(period, noun))
@@ -167,7 +168,7 @@ def _decisive(keep: Keep, monitor: Monitor | None, whole: list[Candidate], found
         return set()
     counted, spare = _apart(sorted(whole, key=lambda each: each.order))
     states = {each.state for each in spare}
-    decisive = _newest(keep, counted) + [each for each in whole if each.state in states]
+    decisive = [each for each, _ in _last(keep, counted)] + [each for each in whole if each.state in states]
     if monitor is not None:
         decisive += monitor.rank(counted, limit=max(keep.best, 1))
     for period, noun in _periods(keep):
@@ -189,10 +190,22 @@ def _apart(ordered: Sequence[Candidate]) -> tuple[list[Candidate], list[Candidat
     return [each for each in ordered if each.name not in names], spare
 
 
-def _newest(keep: Keep, counted: Sequence[Candidate]) -> list[Candidate]:
-    """Those with a place among the last, the newest first; weights alone have one only where there is nothing else."""
-    resumable = [each for each in counted if each.is_resumable] or counted
-    return list(resumable[: -max(keep.last, 1) - 1 : -1])
+def _last(keep: Keep, counted: Sequence[Candidate]) -> list[tuple[Candidate, str]]:
+    """Those with a place among the last, and its words, the newest first.
+
+    Weights alone have one only where there is nothing else. Unhealthy ones have those that healthy ones leave, and the very
+    last is kept in any case: then the healthy ones are the last that training goes on from, and bear that name.
+    """
+    resumable = [each for each in counted if each.is_resumable] or list(counted)
+    healthy, unhealthy = ([each for each in resumable[::-1] if each.is_unhealthy is wanted] for wanted in (False, True))
+    word = "last healthy" if resumable[-1:] == unhealthy[:1] else "last"
+    placed = [(each, word) for each in healthy] + [(each, "last") for each in unhealthy]
+    found = [
+        (each, _place(what, place, keep.last))
+        for place, (each, what) in enumerate(placed[: max(keep.last, 1)], start=1)
+    ]
+    is_left_out = all(each is not resumable[-1] for each, _ in found)
+    return [(resumable[-1], _place("last", 1, 0)), *found] if resumable and is_left_out else found
 
 
 def _periods(keep: Keep) -> list[tuple[int, str]]:

@@ -49,7 +49,10 @@ def completed(
 def candidate(name: str, manifest: Manifest, metrics: Mapping[str, float]) -> Candidate:
     """A checkpoint that is to be ranked."""
     weights_of = None if manifest.weights_of is msgspec.UNSET else manifest.weights_of
-    return Candidate(name, manifest.step, manifest.sequence, manifest.epoch, metrics, manifest.attempt, weights_of)
+    return Candidate(
+        name, manifest.step, manifest.sequence, manifest.epoch, metrics, manifest.attempt, weights_of,
+        is_healthy=manifest.is_healthy,
+    )  # fmt: skip
 
 
 def candidate_of(entry: Checkpoint) -> Candidate:
@@ -58,5 +61,5 @@ def candidate_of(entry: Checkpoint) -> Candidate:
     weights_of = None if manifest.weights_of is msgspec.UNSET else manifest.weights_of
     return Candidate(
         entry.name, manifest.step, manifest.sequence, manifest.epoch, entry.metrics, manifest.attempt, weights_of,
-        manifest.is_divisible,
+        manifest.is_divisible, manifest.is_healthy,
     )  # fmt: skip

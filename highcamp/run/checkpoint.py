@@ -93,6 +93,15 @@ class Checkpoint:
         return dict(self.manifest.versions)
 
     @property
+    def is_healthy(self) -> bool | None:
+        """Whether no weight is NaN or infinite, as was seen when it was written; None where that is not known.
+
+        Known are the weights of models, and parts of a passed state with names such as params. NaN is wrong anywhere in
+        them, an infinity in what is known to be trained: a mask of infinities is a constant like any other.
+        """
+        return self.manifest.is_healthy
+
+    @property
     def size_bytes(self) -> int:
         """The bytes of all its files but the manifest."""
         return sum(file.size for file in self.manifest.files)
@@ -133,7 +142,7 @@ class Checkpoint:
             reading.restore(objects)
 
     def saved(self, name: str) -> Saved:
-        """The saved state of one object, for `live.fill_state`; its tensors are not read yet.
+        """The saved state of one object, for `passed.fill`; its tensors are not read yet.
 
         Raises CheckpointNotFound, Damaged.
         """

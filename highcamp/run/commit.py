@@ -19,11 +19,12 @@ import msgspec
 
 from highcamp.core import strict
 from highcamp.core.digest import Hasher, digest
-from highcamp.core.manifest import MANIFEST, MAX_MANIFEST_BYTES, STATE, File, Manifest, Object, decode, encode
+from highcamp.core.health import Checkup
+from highcamp.core.manifest import MANIFEST, MAX_MANIFEST_BYTES, STATE, File, Health, Manifest, Object, decode, encode
 from highcamp.errors import Damaged, StorageError, Taken
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
     from highcamp.core.tensorfile import Layout
     from highcamp.storage.store import Reader, Store
@@ -43,7 +44,8 @@ class Committed:
 
     path: where it lies in the store. file: its name, size and digest. digests: of its tensors, in file order. reader: it,
     held open, so that its bytes are there even if the checkpoint is removed. was_copied: set where it could not be linked,
-    so that its bytes were written once more.
+    so that its bytes were written once more. nonfinite: what is wrong with its tensors, see `core.health`; None if nobody
+    knows.
     """
 
     path: str
@@ -51,6 +53,7 @@ class Committed:
     digests: tuple[str, ...] = field(repr=False)
     reader: Reader = field(repr=False)
     was_copied: bool = False
+    nonfinite: Mapping[str, str] | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,8 @@ class Part:
     """One object of the training state, ready to be written.
 
     skeleton: its tree, tensors named. files: its tensor files, none if it has no tensors. kinds: the framework whose array
-    a tensor was, by tensor name; NumPy's are left out. weights: whether it is a model, or weights by another name.
+    a tensor was, by tensor name; NumPy's are left out. weights: whether it is a model, or weights by another name. trained:
+    those of its tensors that are known to be trained, for weights alone.
     """
 
     name: str
@@ -85,6 +89,7 @@ class Part:
     files: tuple[TensorFile, ...] = ()
     kinds: dict[str, str] = field(default_factory=dict, repr=False)
     weights: bool = False
+    trained: Collection[str] = field(default=frozenset(), repr=False)
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,8 @@ def commit(
 
     Returns its name, its manifest with the files filled in, and the digests of the tensors of each file, in file order.
 
-    manifest: the facts; `files` and `objects` are filled in here. confirm: called when everything has been read and before
+    manifest: the facts; `files`, `objects` and `health` are filled in here, but weights alone are as healthy as what they
+    were taken from. confirm: called when everything has been read and before
     the checkpoint begins to exist; raises if what was read cannot be trusted. A name that is in use is never touched: the
     second checkpoint of step 450 is called step-00000450.2. On any error nothing is published and what was written is
     removed. Raises StorageError, Damaged if a file to be linked is not what it was.
@@ -126,15 +132,23 @@ def commit(
             continue
         break
     digests: dict[str, list[str]] = {}
+    nonfinite: dict[str, str] = {}
     published = False
     try:
         files = []
-        for each in (each for part in parts for each in part.files):
-            file, digests[each.name] = _write_tensors(store, draft, each)
-            files.append(file)
+        for part in parts:
+            is_checked = part.weights and not manifest.is_weights_only
+            for each in part.files:
+                checkup = Checkup(each.layout.entries, part.trained) if is_checked else None
+                file, digests[each.name] = _write_tensors(store, draft, each, checkup)
+                files.append(file)
+                if checkup is not None:
+                    nonfinite |= {f"{part.name}/{name}": word for name, word in checkup.found.items()}
         files.append(_write_state(store, draft, parts, digests))
         objects = {part.name: _describe(part) for part in parts}
         manifest = msgspec.structs.replace(manifest, files=tuple(files), objects=objects)
+        if not manifest.is_weights_only and any(part.weights for part in parts):
+            manifest = msgspec.structs.replace(manifest, health=Health.of(nonfinite))
         if confirm is not None:
             confirm()
         # Last of all files: on every store its presence is the commit, so everything it lists must be durable before it.
@@ -166,9 +180,11 @@ def _publish(store: Store, draft: str, name: str, manifest: Manifest) -> str:
     raise AssertionError("names never run out")  # pragma: no cover
 
 
-def _write_tensors(store: Store, draft: str, each: TensorFile) -> tuple[File, list[str]]:
+def _write_tensors(store: Store, draft: str, each: TensorFile, checkup: Checkup | None) -> tuple[File, list[str]]:
     path = f"{draft}/{each.name}"
     if each.same is not None:
+        if checkup is not None:
+            _check_linked(each.same, each.layout, checkup)
         return File(each.name, each.same.file.size, each.same.file.digest), _link(store, path, each.same)
     hasher, hashing = Hasher(), TensorHasher(each.layout)
 
@@ -179,6 +195,8 @@ def _write_tensors(store: Store, draft: str, each: TensorFile) -> tuple[File, li
         for piece in each.pieces():
             hasher.update(piece)
             hashing.update(piece)  # while the piece is in the processor's cache
+            if checkup is not None:
+                checkup.update(piece)
             yield piece
 
     store.create(path, chunks())
@@ -200,6 +218,20 @@ def _link(store: Store, path: str, same: Committed) -> list[str]:
             if linked.identity != same.reader.identity:
                 raise Damaged(f"{same.path} was replaced or changed, so it was not linked", path=same.path)
     return list(same.digests)
+
+
+def _check_linked(same: Committed, layout: Layout, checkup: Checkup) -> None:
+    """Look at the tensors of a committed file; it is read only if nobody knows of them, so once."""
+    if same.nonfinite is not None:
+        checkup.found |= {
+            entry.name: same.nonfinite[entry.name] for entry in layout.entries if entry.name in same.nonfinite
+        }
+        return
+    buffer = memoryview(bytearray(min(COPY_BYTES, layout.size)))
+    for start in range(0, layout.size, max(len(buffer), 1)):
+        piece = buffer[: layout.size - start]
+        same.reader.read_into(layout.data_start + start, piece)
+        checkup.update(piece)
 
 
 def _copy(store: Store, path: str, same: Committed) -> None:

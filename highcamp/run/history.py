@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 DIRECTORY = "history"
 MAX_HISTORY_BYTES = 1 << 30  # ten million rows; more is not a history but a mistake
+MAX_LINE_BYTES = 1 << 20  # a row of 10,000 metrics fits; a longer line is passed over, and never held whole
+PIECE_BYTES = 1 << 20  # read at once: a file without lines, or of nothing but ends of lines, takes no more memory
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
 """A stretch of time; longer than thirty years is a mistake, and its line is passed over."""
 _NOTHING: Mapping[str, float] = MappingProxyType({})
@@ -286,17 +288,25 @@ class HistoryReader:
         begin = self._parsed.get(name, 0)
         if size > MAX_HISTORY_BYTES:
             raise Damaged(f"{DIRECTORY}/{name} is {size} bytes, the limit is {MAX_HISTORY_BYTES}", path=name)
-        with self._store.open(f"{DIRECTORY}/{name}") as reader:
-            data = bytearray(min(size, reader.size) - begin)
-            reader.read_into(begin, memoryview(data))
         decoder = msgspec.json.Decoder(Event)
-        whole = data.rfind(b"\n") + 1
-        for line in bytes(data[:whole]).split(b"\n"):
-            try:
-                log.add(decoder.decode(line))
-            except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
-                continue  # torn, or written by a newer version: the other rows still count
-        return begin + whole
+        whole, begun = begin, b""
+        with self._store.open(f"{DIRECTORY}/{name}") as reader:
+            end = min(size, reader.size)
+            for start in range(begin, end, PIECE_BYTES):
+                piece = bytearray(min(PIECE_BYTES, end - start))
+                reader.read_into(start, memoryview(piece))
+                *lines, rest = (begun + piece).split(b"\n")
+                for line in lines:
+                    if len(line) > MAX_LINE_BYTES:
+                        continue
+                    try:
+                        log.add(decoder.decode(line))
+                    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
+                        continue  # torn, or written by a newer version: the other rows still count
+                if lines:
+                    whole = start + len(piece) - len(rest)
+                begun = rest[: MAX_LINE_BYTES + 1]  # of a line that is too long already, the rest does not matter
+        return whole
 
 
 def _attempt(number: int, log: _Log) -> Attempt | None:

@@ -1,4 +1,4 @@
-"""Live objects: what their state is, as a tree of arrays and plain values; and a state that is passed, back and forth.
+"""Live objects: what their state is, as a tree of arrays and plain values; and the state that is passed.
 
 Here is the one door to the framework modules: an object or array of PyTorch, JAX or Keras is handed to the module that
 bears its framework's name, which is imported only then, so only where the framework is in use already.
@@ -9,23 +9,24 @@ from __future__ import annotations
 import functools
 import random
 import sys
-from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from highcamp.core.array import HostArray
 from highcamp.core.names import is_file_name
-from highcamp.core.tree import fill, flatten
+from highcamp.core.tree import flatten
 from highcamp.errors import InvalidState, Mismatch, MissingExtra
 from highcamp.run import tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterable, Iterator
+    from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
     from pathlib import Path
 
     from highcamp.core.array import Spec
-    from highcamp.core.tree import AsArray, Flat
-    from highcamp.run.tensors import Saved
+    from highcamp.core.tree import Flat
+
+    Flatten = Callable[[object, str], Flat]
+    """Takes the tree of an object apart, the object's name given."""
 
 
 class Framework(Protocol):
@@ -87,7 +88,10 @@ def _import(name: str) -> Any:
     return module
 
 
-_ROOTS = {"torch": "torch", "torchdata": "torch", "jax": "jax", "jaxlib": "jax", "keras": "keras"}
+_ROOTS = {
+    "torch": "torch", "torchdata": "torch", "keras": "keras",
+    "jax": "jax", "jaxlib": "jax", "flax": "jax", "equinox": "jax", "optax": "jax",
+}  # fmt: skip
 
 
 def frameworks_of(obj: object) -> tuple[str, ...]:
@@ -102,6 +106,12 @@ def _roots(kind: type) -> tuple[str, ...]:
     return tuple(name for name in ("keras", "torch", "jax") if name in found)
 
 
+def translators_of(obj: object) -> tuple[str, ...]:
+    """The frameworks that translate a tracked object; JAX's module does so for a dict or list that holds a state of JAX."""
+    is_holder = isinstance(obj, dict | list) and "jax" in sys.modules and framework("jax").can_restore(obj)
+    return ("jax",) if is_holder else frameworks_of(obj)
+
+
 def as_array(leaf: object) -> HostArray | None:
     """The bytes of an array leaf of NumPy or of any loaded framework; None if it is no array."""
     numpy = sys.modules.get("numpy")
@@ -114,13 +124,22 @@ def as_array(leaf: object) -> HostArray | None:
     return None
 
 
-def capture(name: str, obj: object, as_array: AsArray = as_array) -> Flat:
+def flat(tree: object, where: str) -> Flat:
+    """A state tree taken apart, see `tree.flatten`; the arrays may be views of live memory."""
+    return flatten(tree, as_array, where=where)
+
+
+def capture(name: str, obj: object, flat: Flatten = flat) -> Flat:
     """The state of a tracked object as a skeleton and arrays; the arrays may be views of live memory.
 
-    as_array: turns its leaves into arrays, for callers that remember them. Raises InvalidState, with the path, for a value
-    that files cannot hold, or if the object has no state to capture.
+    flat: takes its tree apart, for callers that remember it. Raises InvalidState, with the path, for a value that files
+    cannot hold, or if the object has no state to capture.
     """
-    return replace(flatten(_tree(name, obj), as_array, where=name), weights=is_weights(obj))
+    found = flat(_tree(name, obj), name)
+    if not is_weights(obj):
+        return found
+    trained = frozenset(key for key, array in found.arrays.items() if array.is_trained)
+    return replace(found, weights=True, trained=trained)
 
 
 def is_weights(obj: object) -> bool:
@@ -130,12 +149,11 @@ def is_weights(obj: object) -> bool:
     """
     if getattr(obj, "is_weights", None) is True:
         return True
-    # Of JAX are only states that are passed: their parts are told by their names.
-    return any(framework(name).is_weights(obj) for name in frameworks_of(obj) if name != "jax")
+    return any(framework(name).is_weights(obj) for name in frameworks_of(obj))
 
 
 def _tree(name: str, obj: object) -> object:
-    for framework_name in frameworks_of(obj):
+    for framework_name in translators_of(obj):
         tree = framework(framework_name).capture(obj)
         if tree is not None:
             return tree
@@ -153,26 +171,52 @@ def _tree(name: str, obj: object) -> object:
     raise _no_state(name, obj)
 
 
-def place_of(kind: type) -> Callable[[Any], Hashable] | None:
-    """For tensors of a type: what tells where their bytes lie, and how; as long as it is equal, so is the array. Else None."""
-    if "torch" not in _roots(kind):
+def places(tensors: Sequence[object]) -> list[Hashable] | None:
+    """Where the bytes of tensors lie, and how; as long as it is equal, so are their arrays. None if that cannot be told."""
+    if not all("torch" in roots for roots in set(map(_roots, map(type, tensors)))):
         return None
-    found: Callable[[Any], Hashable] = framework("torch").place
+    found: list[Hashable] | None = framework("torch").places(tensors) if tensors else []
     return found
+
+
+def are_at(tensors: Sequence[object], places: Sequence[Hashable]) -> bool:
+    """Whether these tensors, of which `places` were told, still lie there."""
+    return not tensors or framework("torch").are_at(tensors, places) is True
 
 
 def owned(optimizer: object) -> Iterable[object]:
     """The tensors that an optimizer writes to in its step: its parameters and its state."""
+    if stands_for_optimizers(optimizer):
+        return cast("Any", optimizer).owned()  # type: ignore[no-any-return]
     tensors: Iterable[object] = framework("torch").owned(optimizer)
     return tensors
 
 
+def parameters(optimizer: object) -> list[object]:
+    """The parameters that an optimizer has been given, trained or not."""
+    if stands_for_optimizers(optimizer):
+        return cast("Any", optimizer).parameters()  # type: ignore[no-any-return]
+    found: list[object] = framework("torch").parameters(optimizer)
+    return found
+
+
 def before_step(obj: object, call: Callable[[], None]) -> Callable[[], None] | None:
-    """Have `call` called before each step of an optimizer; returns what ends that, None if `obj` is no such optimizer."""
+    """Have `call` called before each step of an optimizer; returns what ends that, None if `obj` is no such optimizer.
+
+    An object of a framework module that stands for optimizers says so itself, and answers `before_step`, `owned` and
+    `parameters` in their place.
+    """
+    if stands_for_optimizers(obj):
+        return cast("Any", obj).before_step(call)  # type: ignore[no-any-return]
     if not _is_torchs(obj):
         return None
     remove: Callable[[], None] | None = framework("torch").before_step(obj, call)
     return remove
+
+
+def stands_for_optimizers(obj: object) -> bool:
+    """Whether an object of a framework module says that it stands for optimizers."""
+    return getattr(obj, "stands_for_optimizers", None) is True
 
 
 def pin(view: memoryview) -> Callable[[], None] | None:
@@ -180,10 +224,10 @@ def pin(view: memoryview) -> Callable[[], None] | None:
     return framework("torch").pin(view) if "torch" in sys.modules else None
 
 
-def writes(tensor: object) -> int:
-    """A count that grows with the writes to a tensor that its framework notices."""
-    count: int = framework("torch").writes(tensor)
-    return count
+def writes(tensors: Sequence[object]) -> list[int]:
+    """For each tensor a count that grows with the writes that its framework notices."""
+    counts: list[int] = framework("torch").writes(tensors) if tensors else []
+    return counts
 
 
 def _is_torchs(obj: object) -> bool:
@@ -196,8 +240,16 @@ def check_trackable(name: str, obj: object) -> None:
     kinds: tuple[type, ...] = (random.Random, dict, list)
     if numpy is not None:
         kinds += (numpy.ndarray, numpy.random.Generator, numpy.random.RandomState)
-    if not (frameworks_of(obj) or is_stateful(obj) or isinstance(obj, kinds)):
+    roots = frameworks_of(obj)
+    if not (roots or is_stateful(obj) or isinstance(obj, kinds)):
         raise _no_state(name, obj)
+    if roots == ("jax",) and not framework("jax").can_restore(obj):
+        raise InvalidState(
+            f"{name} is a {type(obj).__qualname__}, which never changes: what the loop makes of it is another object",
+            path=name,
+            hint="pass it, as in save(state, step=…) and restore(like=state), or track a dict that holds it and whose "
+            "entries the loop replaces",
+        )
 
 
 def _no_state(name: str, obj: object) -> InvalidState:
@@ -240,10 +292,13 @@ def mismatch(problems: list[str], where: str) -> Mismatch:
     )
 
 
-def capture_state(state: object, as_array: AsArray = as_array) -> dict[str, Flat]:
+def capture_state(state: object, flat: Flatten = flat) -> dict[str, Flat]:
     """A passed state as objects: the parts of a dict, or one object named "state". Raises InvalidState."""
-    flats = {name: flatten(part, as_array, where=name) for name, part in _parts(_plain(state)).items()}
-    return {name: replace(flat, weights=is_name_of_weights(name)) for name, flat in flats.items()}
+    flats = {name: flat(part, name) for name, part in parts_of(plain(state)).items()}
+    return {
+        name: replace(found, weights=True, trained=_trained(name, found)) if is_name_of_weights(name) else found
+        for name, found in flats.items()
+    }
 
 
 NAMES_OF_WEIGHTS = frozenset({"params", "model", "variables", "weights", "batch_stats", "ema"})
@@ -255,78 +310,13 @@ def is_name_of_weights(name: str) -> bool:
     return name in NAMES_OF_WEIGHTS or name.startswith("ema_") or name.endswith("_ema")
 
 
-def fill_state(
-    like: object, saved: Callable[[str], Saved], objects: Iterable[str], *, where: str, is_stripped: bool = False
-) -> Any:
-    """The reverse: a new tree with the structure of `like`. saved: gives the saved state of one of `objects`.
-
-    is_stripped: the parts of `like` that are no weights have not been saved, and come back as they are. Raises Mismatch
-    listing every difference, Damaged.
-    """
-    plain = _plain(like)
-    parts = _parts(plain)
-    problems = [f"{name}: only in the checkpoint" for name in objects if name not in parts]
-    given_back = {name for name in parts if name not in objects and is_stripped and not is_name_of_weights(name)}
-    problems += [f"{name}: only here" for name in parts if name not in objects and name not in given_back]
-    found = {name: saved(name) for name in parts if name in objects}
-    leaves: dict[str, list[tuple[str, object]]] = {}
-    for name, entry in found.items():
-        try:
-            leaves[name] = _leaves(parts[name], entry)
-        except Mismatch as error:
-            problems += [f"{name}/{line.strip()}" for line in error.message.splitlines()[1:] if line.strip()]
-    if problems:
-        for entry in found.values():
-            entry.verify()  # a difference that is due to an altered file is damage
-        raise mismatch(problems, where)
-    filled = {
-        name: part if name in given_back else _filled(part, found[name], leaves[name]) for name, part in parts.items()
-    }
-    whole = filled if _is_dict_of_parts(plain) else filled[WHOLE]
-    return framework("jax").from_tree(whole, like) if _is_jax_state(like) else whole
-
-
-def _leaves(like: object, saved: Saved) -> list[tuple[str, object]]:
-    """For each place in the tree (tensor name, live leaf). Raises Mismatch."""
-    found: list[tuple[str, object]] = []
-    fill(like, saved.skeleton, lambda name, leaf: found.append((name, leaf)), as_array, specs=saved.specs)
-    return found
-
-
-def _filled(like: object, saved: Saved, leaves: list[tuple[str, object]]) -> object:
-    """A new tree with the structure of `like`, its tensors read and verified."""
-    arrays = _arrays_like(leaves, saved)
-    return fill(like, saved.skeleton, lambda *_: next(arrays), as_array, specs=saved.specs)
-
-
-def _arrays_like(leaves: list[tuple[str, object]], saved: Saved) -> Iterator[object]:
-    """For each (tensor name, live leaf) the saved tensor as an array of the leaf's kind; leaves that are tied stay tied."""
-    specs = saved.specs
-    count = Counter(name for name, _ in leaves)
-    made: dict[tuple[str, Hashable], tuple[str, Any, memoryview]] = {}
-    keys = []
-    for at, (name, like) in enumerate(leaves):
-        tie = as_array(like) if count[name] > 1 else None
-        key = (name, at if tie is None or tie.tie is None else tie.tie)
-        if key not in made:
-            kind = (*frameworks_of(like), "")[0]
-            made[key] = (kind, *fresh(kind, specs[name]))
-        keys.append(key)
-    _read(saved, [(name, memory) for (name, _), (_, _, memory) in made.items()])
-    left = Counter(keys)
-    for key, (_, like) in zip(keys, leaves, strict=True):
-        left[key] -= 1
-        kind, array, _ = made[key] if left[key] else made.pop(key)  # one that is copied once more is let go of at once
-        yield adopt(kind, array, like)
-
-
-def _read(saved: Saved, places: list[tuple[str, memoryview]]) -> None:
-    """Read the tensors into their first place each, and copy them into the others."""
-    first = dict(reversed(places))
-    saved.read(first)
-    for name, memory in places:
-        if memory is not first[name]:
-            memory[:] = first[name]
+def _trained(name: str, flat: Flat) -> frozenset[str]:
+    """The tensors of a part of a passed state that are known to be trained; nothing but names tells."""
+    if name in ("params", "weights"):
+        return frozenset(flat.arrays)
+    return frozenset(
+        key for key in flat.arrays if key.startswith("params/")
+    )  # a Flax model's other collections are not
 
 
 def fresh(kind: str, spec: Spec) -> tuple[Any, memoryview]:
@@ -352,20 +342,22 @@ WHOLE = "state"
 """The object that holds a passed state which is no dict of parts."""
 
 
-def _plain(state: object) -> object:
+def plain(state: object) -> object:
     """A state as nested dicts, lists and tuples; JAX knows the node types that it and its libraries have registered."""
-    return framework("jax").to_tree(state) if _is_jax_state(state) else state
+    return framework("jax").to_tree(state) if is_jax_state(state) else state
 
 
-def _is_jax_state(state: object) -> bool:
+def is_jax_state(state: object) -> bool:
+    """Whether a state has something of JAX in it."""
     return "jax" in sys.modules and bool(framework("jax").is_ours(state))
 
 
-def _parts(state: object) -> dict[str, object]:
-    return dict(state) if _is_dict_of_parts(state) else {WHOLE: state}  # type: ignore[call-overload]
+def parts_of(state: object) -> dict[str, object]:
+    """The objects that a passed state, made `plain`, consists of."""
+    return dict(state) if is_dict_of_parts(state) else {WHOLE: state}  # type: ignore[call-overload]
 
 
-def _is_dict_of_parts(state: object) -> bool:
+def is_dict_of_parts(state: object) -> bool:
     """Whether each entry of a dict may be an object of its own: names that can be file names, and no bare arrays."""
     return (
         type(state) is dict

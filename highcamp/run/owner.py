@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from highcamp.storage.store import Store
 
 OWNER = "owner.json"
+MAX_OWNER_BYTES = 1 << 16  # names and numbers of one process
 BEAT_SECONDS = 5.0  # two small fsyncs now and then
 WATCH_SECONDS = 6 * BEAT_SECONDS  # a beat is fsynced, and may wait for a long flush of the checkpoint before it
 
@@ -198,7 +199,7 @@ def _same(one: Owner, other: Owner) -> bool:
 
 def _read(store: Store) -> Owner | None:
     try:
-        return msgspec.json.decode(store.read(OWNER, 1 << 16), type=Owner)
+        return msgspec.json.decode(store.read(OWNER, MAX_OWNER_BYTES), type=Owner)
     except (FileNotFoundError, Damaged, msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
         return None  # no record, or one torn by a crash: nobody holds the run
 

@@ -148,7 +148,8 @@ class Run:
     def last(self) -> Checkpoint | None:
         """The newest checkpoint by (step, sequence) whose files are there in their full size, weights alone left aside.
 
-        It is what training resumes from; None where there is nothing to resume from.
+        Training resumes from it, or from an older one where that is healthy and this is not; None where there is nothing to
+        resume from.
         """
         resumable = (facts for facts in reversed(self._committed()) if not facts[1].is_weights_only)
         return first_whole(self._checkpoint(*facts) for facts in resumable)

@@ -29,7 +29,7 @@ def take(entry: Checkpoint, sequence: int) -> Checkpoint:
     """Commit the weights of a checkpoint as one of the same step; durable when this returns. The old one is still there.
 
     sequence: its own. It is about the same state: its facts are those of the old one, its metrics completed by what the
-    history knows. Raises Damaged, StorageError.
+    history knows, its health is what was known of them. Raises Damaged, StorageError.
     """
     store, old = entry.store, entry.manifest
     metrics, nonfinite = split_metrics(entry.metrics)

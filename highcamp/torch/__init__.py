@@ -30,12 +30,13 @@ from highcamp.torch.loaders import (
     restore_loader,
     resume_iter,
 )
-from highcamp.torch.memory import bring, memory_of, place
-from highcamp.torch.restoring import adopt, assign, destinations, fresh, from_host, lying, restore_optimizer
-from highcamp.torch.stepping import before_step, live_state, owned, writes
+from highcamp.torch.memory import are_at, bring, memory_of, places
+from highcamp.torch.restoring import CLASS_NAME, adopt, assign, destinations, fresh, from_host, lying, restore_optimizer
+from highcamp.torch.stepping import before_step, class_name, live_state, owned, parameters, writes
 
 __all__ = [
     "adopt",
+    "are_at",
     "assign",
     "before_step",
     "capture",
@@ -48,8 +49,9 @@ __all__ = [
     "lying",
     "order_state",
     "owned",
+    "parameters",
     "pin",
-    "place",
+    "places",
     "random_state",
     "restore",
     "resume_iter",
@@ -97,10 +99,12 @@ def to_host(leaf: object) -> HostArray | None:
         name = _DTYPES[tensor.dtype]
         if name == "F4":
             shape = (*shape[:-1], shape[-1] * 2)
-        is_still = isinstance(leaf, torch.nn.Parameter) and not leaf.requires_grad
+        is_parameter = isinstance(leaf, torch.nn.Parameter)
+        is_still, is_trained = is_parameter and not leaf.requires_grad, is_parameter and leaf.requires_grad
         if tensor.device.type != "cpu" or not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
-            return DistantArray(name, shape, partial(bring, tensor), tie, "torch", is_still=is_still)
-        return HostArray(name, shape, memory_of(tensor), tie, "torch", is_still)
+            bringing = partial(bring, tensor)
+            return DistantArray(name, shape, bringing, tie, "torch", is_still=is_still, is_trained=is_trained)
+        return HostArray(name, shape, memory_of(tensor), tie, "torch", is_still, is_trained=is_trained)
 
 
 def _refuse_unstorable(tensor: torch.Tensor) -> None:
@@ -130,18 +134,24 @@ def _refuse_unstorable(tensor: torch.Tensor) -> None:
 def capture(obj: object) -> Tree | None:
     """Return the state of a torch object as a tree whose leaves are the live tensors, or None if it is not torch's.
 
-    Known: modules (names without the `_orig_mod.` of torch.compile and the `module.` of DDP), optimizers, schedulers,
-    GradScaler, Generator, DataLoader (the generators that decide its order; for torchdata's StatefulDataLoader its own
-    state too), and anything of torch or torchdata with `state_dict` and `load_state_dict`. What is neither tensor nor
-    plain is left in place: flattening the tree refuses it by its path.
+    Known: modules (names without the `_orig_mod.` of torch.compile and the `module.` of DDP), optimizers (with the name of
+    their class, because the settings of one can be those of another), schedulers, GradScaler, Generator, DataLoader (the
+    generators that decide its order; for torchdata's StatefulDataLoader its own state too), and anything of torch or
+    torchdata with `state_dict` and `load_state_dict`. What is neither tensor nor plain is left in place: flattening the
+    tree refuses it by its path.
     """
     if isinstance(obj, torch.nn.Module):
+        state = live_state(obj)
+        if not any("_orig_mod." in name or "module." in name for name in state):
+            return dict(state)
         names = _names(obj)
-        return {_plain(name, names): value for name, value in live_state(obj).items()}
+        return {_plain(name, names): value for name, value in state.items()}
     if isinstance(obj, DataLoader):
         return loader_state(obj)
     if isinstance(obj, torch.Generator):
         return {"state": obj.get_state()}
+    if isinstance(obj, torch.optim.Optimizer):
+        return {CLASS_NAME: class_name(obj), **obj.state_dict()}
     is_ours = any(cls.__module__.partition(".")[0] in ("torch", "torchdata") for cls in type(obj).__mro__)
     if is_ours and hasattr(obj, "state_dict") and hasattr(obj, "load_state_dict"):
         return dict(obj.state_dict())
@@ -239,9 +249,11 @@ def _module_differences(module: torch.nn.Module, tree: Mapping[str, Any]) -> lis
 
 def _optimizer_differences(optimizer: torch.optim.Optimizer, tree: Mapping[str, Any]) -> list[str]:
     groups, saved_groups = optimizer.param_groups, tree["param_groups"]
+    here = class_name(optimizer)
+    saved_name = tree.get(CLASS_NAME, here)
+    lines = [] if saved_name == here else [f"{CLASS_NAME}: {saved_name} in the checkpoint, {here} here"]
     if len(groups) != len(saved_groups):
-        return [f"param_groups: {len(saved_groups)} in the checkpoint, {len(groups)} here"]
-    lines = []
+        return [*lines, f"param_groups: {len(saved_groups)} in the checkpoint, {len(groups)} here"]
     parameters: dict[Hashable, torch.Tensor] = {}
     for index, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
         where = f"param_groups/{index}"

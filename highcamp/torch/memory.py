@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from highcamp.torch.device import beside
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable
+    from collections.abc import Hashable, Sequence
 
 
-def place(leaf: object) -> Hashable:
-    """Where the bytes of a tensor lie and how; None for anything else. Equal for the same tensor: `to_host` would be too."""
-    if not isinstance(leaf, torch.Tensor) or leaf.layout is not torch.strided:
+def places(leaves: Sequence[Any]) -> list[Hashable] | None:
+    """Where the bytes of each tensor lie and how, None if not all have a place; where it is equal, so is `to_host`."""
+    if not all(isinstance(leaf, torch.Tensor) for leaf in leaves):
         return None
-    return leaf.data_ptr(), leaf.shape, leaf.stride(), leaf.dtype, leaf.requires_grad
+    return [(leaf.data_ptr(), leaf.shape, leaf.stride(), leaf.dtype, leaf.requires_grad) for leaf in leaves]
+
+
+def are_at(leaves: Sequence[Any], places: Sequence[Any]) -> bool:
+    """Whether `places` would still give the same; nothing is allocated for it, which would wake the collector."""
+    for leaf, (address, shape, stride, dtype, is_trained) in zip(leaves, places, strict=True):
+        if (
+            leaf.data_ptr() != address
+            or leaf.requires_grad is not is_trained
+            or leaf.dtype is not dtype
+            or leaf.shape != shape
+            or leaf.stride() != stride
+        ):
+            return False
+    return True
 
 
 def memory_of(tensor: torch.Tensor) -> memoryview:

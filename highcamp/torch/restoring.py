@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 Tree = dict[str, Any]
 
+CLASS_NAME = "class_name"
+"""The entry of an optimizer's state that is ours."""
+
 _HUGE_BYTES = 4 << 20  # of a tensor; below it, no huge page may fit into it
 
 
@@ -149,7 +152,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tree: Mapping[str, Any])
     `load_state_dict` would cast the state to the dtype of the parameter; here it keeps the one it was saved with.
     """
     old_groups = [dict(group) for group in optimizer.param_groups]
-    optimizer.load_state_dict(dict(tree))
+    optimizer.load_state_dict({key: value for key, value in tree.items() if key != CLASS_NAME})
     ids = [key for group in tree["param_groups"] for key in group["params"]]
     parameters = dict(zip(ids, (p for group in optimizer.param_groups for p in group["params"]), strict=True))
     for key in parameters.keys() & tree["state"].keys():

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
 
 def live_state(module: torch.nn.Module) -> Mapping[str, Any]:
@@ -25,12 +25,24 @@ def _keeps_variables(kind: Any) -> bool:
     return any(each.name == "keep_vars" or each.kind is each.VAR_KEYWORD for each in parameters)
 
 
+def class_name(optimizer: torch.optim.Optimizer) -> str:
+    """PyTorch's own class of an optimizer or of what it derives from, such as "AdamW"; else the name of its class.
+
+    Its settings and its state do not always tell: an AdamW would take those of an Adam.
+    """
+    kinds = type(optimizer).__mro__
+    own = [kind for kind in kinds if kind.__module__.startswith("torch.optim.") and kind is not torch.optim.Optimizer]
+    return (own or kinds)[0].__name__
+
+
+def parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """The parameters that an optimizer has been given, trained or not."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
 def owned(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
     """Every tensor that a step of the optimizer writes to: parameters that are trained, and its state."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter.requires_grad:
-                yield parameter
+    yield from (parameter for parameter in parameters(optimizer) if parameter.requires_grad)
     for state in optimizer.state.values():
         yield from _tensors(state)
 
@@ -54,6 +66,7 @@ def before_step(obj: object, call: Callable[[], None]) -> Callable[[], None] | N
     return handle.remove
 
 
-def writes(tensor: torch.Tensor) -> int:
-    """The version counter of a tensor; 0 for an inference tensor, which has none."""
-    return 0 if tensor.is_inference() else tensor._version  # noqa: SLF001  # the name torch's own documentation uses
+def writes(tensors: Iterable[torch.Tensor]) -> list[int]:
+    """The version counter of each tensor; 0 for an inference tensor, which has none."""
+    # The name is torch's own documentation's.
+    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]  # noqa: SLF001

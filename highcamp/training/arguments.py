@@ -110,7 +110,13 @@ def _number(name: str, value: Any) -> float:
         and getattr(value, "shape", None) == ()
         and callable(getattr(value, "item", None))
     ):
-        plain = value.item()
+        try:
+            plain = value.item()
+        except (RuntimeError, TypeError) as error:  # of JAX: it was donated, or is only being traced
+            raise InvalidMetric(
+                f"metric {name} is a {type(value).__name__} without a value: {str(error).partition('.')[0]}",
+                hint="log what the step returned, after it has returned",
+            ) from error
     if isinstance(plain, numbers.Real) and not isinstance(plain, bool):
         with suppress(OverflowError):  # an integer beyond what a float can hold is none of our metrics
             return float(plain)

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_SAME_DATA = "use the same data and batch size as when it was saved"
+
 
 @dataclass
 class Place:
@@ -25,22 +27,23 @@ class Place:
 
     before: every global random state before the iteration began, because that decides its order. order: the loader's own
     state then (a generator's), None where only the global ones decide. loader: the live loader, if it can tell its
-    position itself.
+    position itself. length: batches in the epoch, None if nobody knows.
     """
 
     before: dict[str, Any]
     order: object | None = None
     loader: object | None = field(default=None, repr=False)
+    length: int | None = None
 
     def tree(self) -> dict[str, Any]:
         """What is saved."""
         position = live.loader_position(self.loader) if self.loader is not None else None
-        return {"before": self.before, "order": self.order, "position": position}
+        return {"before": self.before, "order": self.order, "position": position, "length": self.length}
 
 
 def begin(loader: Iterable[Any]) -> tuple[Iterator[Any], Place]:
     """Start a fresh epoch over `loader`. The states are taken before `iter()`, which may draw from them already."""
-    place = Place(random_state(), live.loader_order(loader), loader)
+    place = Place(random_state(), live.loader_order(loader), loader, length(loader))
     return iter(loader), place
 
 
@@ -48,10 +51,18 @@ def resume(loader: Iterable[Any], saved: dict[str, Any], skip: int, *, where: st
     """Go on with an epoch of which `skip` batches are done; the batches that follow are those that would have followed.
 
     saved: a `Place.tree()`. Loaders that can are moved there at once; sequences skip by index; anything else is read and
-    thrown away. The caller sets the random states of the save afterwards. Raises Mismatch if the data end before `skip`.
+    thrown away. The caller sets the random states of the save afterwards. Raises Mismatch if the data end before `skip`, or
+    make another number of batches than in `saved`: then the first ones were not those that would be skipped.
     """
+    before, now = saved.get("length"), length(loader)
+    if None not in (before, now) and before != now:
+        raise Mismatch(
+            f"{where} was saved after {skip} of {before} batches of its epoch, the loader given to batches() has {now}",
+            path=where,
+            hint=_SAME_DATA,
+        )
     set_random_state(saved["before"], where=where)
-    place = Place(saved["before"], saved["order"], loader)
+    place = Place(saved["before"], saved["order"], loader, now)
     batches = live.loader_resume(loader, saved["order"], saved["position"], skip)
     if batches is None:
         count = length(loader)
@@ -72,15 +83,21 @@ def count(
     progress: Progress,
     end_step: Callable[..., None],
     stop_if_asked: Callable[[], None],
+    say: Callable[..., None],
     *,
     where: str,
 ) -> Iterator[T]:
     """Yield the batches of the epoch under way that are still to do; each is a step, done when the next one is asked for.
 
     end_step: called when one is done, as `Checkpointer.end_step` is. stop_if_asked: called when a batch cannot be had, for
-    what asks this process to stop may have ended the workers of the loader first.
+    what asks this process to stop may have ended the workers of the loader first. say: called with a line and a level, if
+    the data have another length than before the run was resumed.
     """
+    before, progress.length_before = progress.length_before, None
     iterator, progress.place = progress.iterate(loader, where)
+    if None not in (before, progress.length) and before != progress.length:
+        words = f"{where} was saved with {before} training batches in an epoch, here are {progress.length}"
+        say(f"{words}: the run goes on, but is another one from here", level=0)
     iterator, last = iter(iterator), length(loader)
     try:
         while True:
@@ -109,7 +126,7 @@ def _too_short(skip: int, found: int, where: str) -> Mismatch:
     return Mismatch(
         f"{where} was saved after {skip} batches of its epoch, the loader given to batches() has only {found}",
         path=where,
-        hint="use the same data and batch size as when it was saved",
+        hint=_SAME_DATA,
     )
 
 

@@ -11,7 +11,7 @@ from highcamp.errors import HighcampError, InvalidArgument, InvalidMetric, Stora
 from highcamp.policy.cadence import Every
 from highcamp.policy.monitor import Monitor
 from highcamp.policy.retention import Keep
-from highcamp.run import live
+from highcamp.run import live, passed
 from highcamp.storage.store import open_store
 from highcamp.training import batches as batching
 from highcamp.training import messages
@@ -67,10 +67,10 @@ class Checkpointer:
         directory: the run; made when training begins. monitor: the metric that ranks checkpoints; a name of the usual kind
         is enough ("val_loss"), any other needs `Monitor(name, mode=…)`. every: when a checkpoint is due. keep: which stay.
         snapshot: "copy" takes the state within the call that saves; "overlap" during the next forward and backward, for loops
-        in which only tracked torch optimizers change the weights. memory_every: when it is also copied to shared memory, for
-        the next attempt if this process is killed. staging_bytes: the most memory for the copy. on_error: what a failed
-        save does: "raise" at the next call, or "warn" and go on training. verbose: 0 warnings, 1 a line per epoch, 2
-        details. Raises InvalidArgument, and Refused for a directory that is a file.
+        in which only tracked torch optimizers change weights; JAX's arrays are held, not copied. memory_every: when it is
+        also copied to shared memory, for the next attempt if this process is killed. staging_bytes: the most memory for the
+        copy. on_error: what a failed save does: "raise" at the next call, or "warn" and go on training. verbose: 0 warnings,
+        1 a line per epoch, 2 details. Raises InvalidArgument, and Refused for a directory that is a file.
         """
         refuse_unknown("Checkpointer", unknown, ("directory", *CHECKPOINTER))
         check_checkpointer(
@@ -134,8 +134,8 @@ class Checkpointer:
         """Name the objects whose state makes up a checkpoint: `track(model=model, optimizer=optimizer)`.
 
         Models, optimizers, schedulers, scalers, loaders, random generators, anything with `state_dict` and
-        `load_state_dict`, and dicts or lists of NumPy arrays. Each becomes one file. Global random states are always saved.
-        Raises InvalidArgument for a name, InvalidState for an object that has no state.
+        `load_state_dict`, modules of Flax NNX, and dicts or lists of arrays. Each becomes one file. Global random states are
+        always saved. Raises InvalidArgument for a name, InvalidState for an object that has no state.
         """
         if self._saver.is_open:
             raise InvalidArgument(
@@ -196,7 +196,7 @@ class Checkpointer:
                 hint="for epoch in checkpointer.epochs(n): for batch in checkpointer.batches(loader): …",
             )
         where = self._saver.resumed_from.path if self._saver.resumed_from else self.run.path
-        return batching.count(loader, self.progress, self.end_step, self.stop_if_asked, where=where)
+        return batching.count(loader, self.progress, self.end_step, self.stop_if_asked, self.voice.say, where=where)
 
     def log(
         self,
@@ -231,7 +231,8 @@ class Checkpointer:
     def start(self, *, epochs_planned: int | None = None) -> Checkpoint | None:
         """Take the run over and restore what is tracked from its newest whole checkpoint; None on a fresh start.
 
-        Calling it again returns the same. Raises RunLocked, Mismatch, Refused, Damaged.
+        One whose weights are NaN or infinite is passed over for an older, healthy one, and that is said. Calling it again
+        returns the same. Raises RunLocked, Mismatch, Refused, Damaged.
         """
         if not self._saver.is_open:
             self._open(self._tracked, lambda checkpoint: self.progress.restore(checkpoint, self._tracked))
@@ -353,8 +354,8 @@ class Checkpointer:
     def restore(self, reference: str | None = None, *, like: object = None) -> Any:
         """Go back to a checkpoint.
 
-        Without a reference: the newest whole one, with counters and random states; None on a fresh start. With one, such as
-        "best": its objects only; the loop's counters stay, so the best weights can be had at the end of training.
+        Without a reference: what a restart goes on from (see `start`), with counters and random states; None on a fresh start.
+        With one, such as "best": its objects only; the loop's counters stay, so the best weights can be had at the end.
         like: a tree of the structure wanted back; then the restored tree is returned and nothing is changed. Otherwise the
         tracked objects are overwritten and the Checkpoint is returned. Raises CheckpointNotFound, Mismatch listing every
         difference (nothing is changed), Damaged, which says if the tracked objects are undefined now.
@@ -386,7 +387,7 @@ class Checkpointer:
         if like is not None:
             objects = [name for name in checkpoint.objects if name != PROGRESS]
             is_stripped = checkpoint.manifest.is_weights_only
-            return live.fill_state(like, checkpoint.saved, objects, where=checkpoint.path, is_stripped=is_stripped)
+            return passed.fill(like, checkpoint.saved, objects, where=checkpoint.path, is_stripped=is_stripped)
         self._tracked.require("restore()", "like=state")
         checkpoint.restore(**{name: obj for name, obj in self._tracked.items() if name in checkpoint.objects})
         return checkpoint

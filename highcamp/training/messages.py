@@ -7,11 +7,18 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import msgspec
+
+from highcamp.core.manifest import Health
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from highcamp.errors import HighcampError
+    from highcamp.run.checkpoint import Checkpoint
     from highcamp.run.history import SaveCost
+
+FEW_TENSORS = 3  # named in one line
 
 
 def _print_line(line: str) -> None:
@@ -105,6 +112,49 @@ def fell_back(error: HighcampError, name: str) -> str:
 def passed_over(name: str, why: str) -> str:
     """Something lies among the checkpoints that cannot be read as one."""
     return f"{name} is passed over and left as it is: {why}"
+
+
+def nonfinite_words(health: Health) -> str:
+    """What is wrong with weights, in short: NaN in model/fc.weight, infinity in model/fc.bias and 3 more tensors."""
+    spelled = {"nan": "NaN", "inf": "infinity"}
+    shown = list(health.tensors.items())[:FEW_TENSORS]
+    words = ", ".join(f"{spelled.get(word, word)} in {name}" for name, word in shown)
+    more = health.nonfinite - len(shown)
+    return f"{words} and {counted(more, 'more tensor')}" if more > 0 else words
+
+
+def unhealthy(checkpoint: Checkpoint) -> str:
+    """A checkpoint was saved whose weights are not finite; said once."""
+    return (
+        f"{checkpoint.name} is saved but not healthy: {nonfinite_words(_health(checkpoint))} at step {checkpoint.step}. "
+        "A restart goes on from the newest healthy checkpoint, and restore() does so now; against the cause help a lower "
+        "learning rate, clipped gradients or another precision"
+    )
+
+
+def unhealthy_passed_over(newer: Sequence[Checkpoint], name: str) -> str:
+    """Newer checkpoints, the newest first, are not what training goes on from. name: what is."""
+    oldest = newer[-1]
+    others = f" and {counted(len(newer) - 1, 'newer checkpoint')}" if len(newer) > 1 else ""
+    are, they = ("are", "they stay as they are") if others else ("is", "it stays as it is")
+    return (
+        f"{oldest.name}{others} {are} not healthy ({nonfinite_words(_health(oldest))}), so training goes on from {name}, "
+        f"the newest that is; {they}"
+    )
+
+
+def none_healthy(checkpoint: Checkpoint) -> str:
+    """Training goes on from weights that are not finite, because there are no others."""
+    return (
+        f"No whole checkpoint is healthy, so training goes on from {checkpoint.name}, which has "
+        f"{nonfinite_words(_health(checkpoint))}: what is learned from there on may be lost; to begin anew, use another "
+        "directory"
+    )
+
+
+def _health(checkpoint: Checkpoint) -> Health:
+    health = checkpoint.manifest.health
+    return Health() if health is msgspec.UNSET else health
 
 
 def complete(done: int, planned: int) -> str:

@@ -7,19 +7,21 @@ it. What else may write is looked for: a tripwire makes such a snapshot an error
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import functools
 import os
 import threading
 import time
-from typing import TYPE_CHECKING, NamedTuple
+from operator import is_
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from highcamp.core.array import DistantArray
 from highcamp.errors import Torn
 from highcamp.run import live
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from highcamp.core.array import HostArray
     from highcamp.training.recall import Recall
@@ -28,31 +30,62 @@ if TYPE_CHECKING:
 
 LEAST_BYTES = 64 << 10
 """Of an array that is copied late: below it, looking after it takes longer than copying it."""
-SAMPLES = 16
+SAMPLES = 8
 """Places of an array that are compared, eight bytes at each: no update of the whole of it leaves all of them as they were."""
 _WORD_BYTES = 8
 _STEP_BYTES = 8  # step counters are this long or shorter
 
 
 class _Wire(NamedTuple):
-    """What one array was like when the snapshot began. tensor: of the framework. name: for the error."""
+    """Where to look whether something writes to an array. tensor: of the framework. name: for the error.
 
+    probe: a word from the beginning of each stride.
+    """
+
+    array: HostArray
     tensor: object
-    writes: int
-    sample: bytes
-    stride: int
     name: str
+    stride: int
+    probe: memoryview
+
+
+Late: TypeAlias = "dict[int, _Wire | None]"
+"""By `id` the arrays that may be copied late; no wire is needed for what cannot change."""
 
 
 class _Watched:
-    """One optimizer. steps: how often its hook has fired since it was last asked."""
+    """One optimizer. steps: how often its hook has fired since it was last asked.
 
-    __slots__ = ("optimizer", "remove", "steps")
+    late, counters: what it writes to, as far as it is tracked: arrays that may be copied late, and step counters.
+    """
+
+    __slots__ = ("_capture", "_parameters", "counters", "late", "optimizer", "remove", "steps")
 
     def __init__(self, optimizer: object) -> None:
         self.optimizer = optimizer
         self.steps = 0
         self.remove: Callable[[], None] = lambda: None
+        self.late: list[_Wire] = []
+        self.counters: list[_Wire] = []
+        self._capture, self._parameters = -1, list[object]()
+
+    def look(self, recall: Recall, arrays: Mapping[str, Mapping[str, HostArray]]) -> None:
+        """Find out what it writes to, if that can have changed since the last time."""
+        parameters = live.parameters(self.optimizer)
+        is_known = self._capture == recall.version and len(parameters) == len(self._parameters)
+        if is_known and all(map(is_, parameters, self._parameters)):
+            return
+        names = {id(array): f"{name}/{key}" for name, entries in arrays.items() for key, array in entries.items()}
+        self.late, self.counters = [], []
+        for tensor in live.owned(self.optimizer):
+            array = recall.of(tensor)
+            if array is None or isinstance(array, DistantArray):
+                continue
+            if array.nbytes >= LEAST_BYTES:
+                self.late.append(_wire(array, tensor, names.get(id(array), "a tensor")))
+            elif array.nbytes <= _STEP_BYTES:
+                self.counters.append(_wire(array, tensor, names.get(id(array), "an optimizer")))
+        self._capture, self._parameters = recall.version, parameters
 
 
 class Overlap:
@@ -63,6 +96,7 @@ class Overlap:
         self._pid = os.getpid()
         self._watched: list[_Watched] = []
         self._armed: _Armed | None = None
+        self._counters: list[_Wire] = []
         self._waited = 0.0
 
     def watch(self, tracked: Mapping[str, object]) -> None:
@@ -75,45 +109,36 @@ class Overlap:
                 watched.remove = remove
                 self._watched.append(watched)
 
-    def late(self, recall: Recall, arrays: Mapping[str, Mapping[str, HostArray]]) -> dict[int, object]:
-        """The arrays that may be copied late: `id` of the array -> the tensor, None for one that cannot change.
+    def late(self, recall: Recall, arrays: Mapping[str, Mapping[str, HostArray]]) -> Late:
+        """The arrays that may be copied late.
 
         An optimizer whose hook has not fired since the last snapshot is not trusted to have one: its step may be compiled.
         """
-        found: dict[int, object] = {}
+        found: Late = {}
         for entries in arrays.values():
             found |= {id(array): None for array in entries.values() if array.is_immutable}
+        self._counters = []
         for watched in self._watched:
             if watched.steps:
-                for tensor in live.owned(watched.optimizer):
-                    array = recall.of(tensor)
-                    if array is not None and not isinstance(array, DistantArray) and array.nbytes >= LEAST_BYTES:
-                        found[id(array)] = tensor
+                watched.look(recall, arrays)
+                found |= {id(wire.array): wire for wire in watched.late}
+                self._counters += watched.counters
             watched.steps = 0
         return found
 
-    def arm(self, shot: Shot, tensors: Mapping[int, object], recall: Recall) -> Callable[[], None] | None:
+    def arm(self, shot: Shot, late: Late) -> Callable[[], None] | None:
         """Begin to copy what is late, in a thread of its own; the barrier is up until it is complete.
 
         Returns what waits for that and raises Torn if something else has written meanwhile; None if nothing is late.
         """
         if not shot.stream.has_late:
             return None
-        steps = [
-            (array, array.data.tobytes(), shot.names.get(id(array), "an optimizer"))
-            for watched in self._watched
-            for tensor in live.owned(watched.optimizer)
-            if (array := recall.of(tensor)) is not None and array.nbytes <= _STEP_BYTES
-        ]
-        wires = {
-            id(array): _wire(array, tensor, shot.names.get(id(array), "a tensor"))
-            for array in shot.stream.late_arrays()
-            if (tensor := tensors.get(id(array))) is not None
-        }
-        self._armed = armed = _Armed(shot, wires, steps)
+        wires = [wire for array in shot.stream.late_arrays() if (wire := late.get(id(array))) is not None]
+        self._armed = armed = _Armed(shot, wires, self._counters)
         shot.stream.inspect(armed.inspect)
         try:
-            threading.Thread(target=armed.run, name="highcamp-overlap", daemon=True).start()
+            # Not of `threading`: to start one of those is to wait until it runs, a tenth of what the loop waits for.
+            _thread.start_new_thread(armed.run, ())
         except RuntimeError as error:  # no more threads: then it is copied here, unless it needs one that reads
             if shot.stream.is_ring:
                 shot.stream.abort(error)
@@ -153,7 +178,7 @@ class Overlap:
         self.wait()
         for watched in self._watched:
             watched.remove()
-        self._watched = []
+        self._watched, self._counters = [], []
 
     def _step_begins(self, watched: _Watched) -> None:
         watched.steps += 1
@@ -164,14 +189,17 @@ class Overlap:
 class _Armed:
     """The late part of one snapshot. ready: it is copied, and the tripwires have been looked at.
 
-    wires: by the `id` of their arrays. steps: the step counters of the optimizers, what they were, and their names.
+    wires: of the arrays that are copied late. counters: of the step counters of the optimizers.
     """
 
-    def __init__(self, shot: Shot, wires: dict[int, _Wire], steps: list[tuple[HostArray, bytes, str]]) -> None:
+    def __init__(self, shot: Shot, wires: Sequence[_Wire], counters: Sequence[_Wire]) -> None:
         self.stream = shot.stream
         self.ready = threading.Event()
         self._claim = threading.Lock()
-        self._wires, self._steps = wires, steps
+        self._wires, self._counters = {id(wire.array): wire for wire in wires}, counters
+        self._samples = {id(wire.array): wire.probe.tobytes() for wire in wires}
+        self._counts = [wire.array.data.tobytes() for wire in counters]
+        self._writes = live.writes([wire.tensor for wire in wires])
         self._error: BaseException | None = None
 
     def run(self) -> None:
@@ -186,7 +214,7 @@ class _Armed:
             self._error = error
             self.stream.abort(error)
         finally:
-            self._wires, self._steps = {}, []  # lets go of the tensors
+            self._wires, self._counters = {}, ()  # lets go of the tensors
             self.ready.set()
 
     def inspect(self, share: Share, copy: memoryview) -> None:
@@ -194,8 +222,8 @@ class _Armed:
         wire = self._wires.get(id(share.array))
         if wire is not None:
             first = -(-share.offset // wire.stride)
-            found = _sample(copy[first * wire.stride - share.offset :], wire.stride)
-            if not wire.sample[first * _WORD_BYTES :].startswith(found):
+            found = _probe(copy[first * wire.stride - share.offset :], wire.stride).tobytes()
+            if not self._samples[id(share.array)].startswith(found, first * _WORD_BYTES):
                 self._error = self._error or _torn(wire.name, "was written to")
 
     def confirm(self) -> None:
@@ -205,24 +233,25 @@ class _Armed:
             raise self._error
 
     def _torn(self) -> Torn | None:
-        for wire in self._wires.values():
-            if live.writes(wire.tensor) != wire.writes:
+        wires = list(self._wires.values())
+        for wire, before, now in zip(wires, self._writes, live.writes([wire.tensor for wire in wires]), strict=True):
+            if now != before:
                 return _torn(wire.name, "was written to")
-        for array, before, name in self._steps:
-            if array.data.tobytes() != before:
-                return _torn(name, "has stepped without its hooks")
+        for wire, count in zip(self._counters, self._counts, strict=True):
+            if wire.array.data.tobytes() != count:
+                return _torn(wire.name, "has stepped without its hooks")
         return None
 
 
 def _wire(array: HostArray, tensor: object, name: str) -> _Wire:
-    stride = array.nbytes // SAMPLES // _WORD_BYTES * _WORD_BYTES
-    return _Wire(tensor, live.writes(tensor), _sample(array.data, stride), stride, name)
+    stride = array.nbytes // SAMPLES // _WORD_BYTES * _WORD_BYTES or _WORD_BYTES
+    return _Wire(array, tensor, name, stride, _probe(array.data, stride))
 
 
-def _sample(data: memoryview, stride: int) -> bytes:
+def _probe(data: memoryview, stride: int) -> memoryview:
     """A word from the beginning of each stride."""
     whole = len(data) // _WORD_BYTES * _WORD_BYTES
-    return data[:whole].cast("Q")[:: stride // _WORD_BYTES].tobytes()
+    return data[:whole].cast("Q")[:: stride // _WORD_BYTES]
 
 
 def _torn(name: str, what: str) -> Torn:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from highcamp.core.tree import flatten
 from highcamp.errors import Damaged, InvalidArgument, Mismatch
-from highcamp.run import live
+from highcamp.run import live, passed
 from highcamp.run.reading import Reading
 from highcamp.training import batches
 from highcamp.training.rng import check_random_state, random_state, set_random_state
@@ -30,7 +30,8 @@ class Progress:
     epoch, step: done. batch: batches done in the epoch under way. place: how the iteration over the batches began.
     is_iterating: whether a batch is at hand. is_counted: whether that batch is counted already. rest: the random states as
     the batches ended, where a framework module knows: what is measured since draws from them, and does so again after a
-    restart.
+    restart. length: batches in the epoch that was iterated over last, None if nobody knows. length_before: that of the run
+    before it was resumed, until it is iterated over again.
     """
 
     epoch: int = 0
@@ -42,6 +43,8 @@ class Progress:
     is_counted: bool = False
     is_logged: bool = False
     rest: dict[str, Any] | None = field(default=None, repr=False)
+    length: int | None = None
+    length_before: int | None = None
     _first_step: int = 0
     _resumed: dict[str, Any] | None = field(default=None, repr=False)
 
@@ -123,9 +126,11 @@ class Progress:
         saved, self._resumed = self._resumed, None
         self.is_logged = False  # what was logged before the batches is not the end of the epoch
         if saved is None:
-            return batches.begin(loader)
-        found = batches.resume(loader, saved["place"], self.batch, where=where)
-        set_random_state(saved["random"], where=where)
+            found = batches.begin(loader)
+        else:
+            found = batches.resume(loader, saved["place"], self.batch, where=where)
+            set_random_state(saved["random"], where=where)
+        self.length = found[1].length
         return found
 
     def move(self, step: int | None, epoch: int | None) -> None:
@@ -141,7 +146,7 @@ class Progress:
     def capture(self) -> Flat:
         """What is saved of it: the counters, the random states now, and, in the middle of an epoch, how it began."""
         place = self.place.tree() if self.place is not None and self.batch else None
-        counters = {"epoch": self.epoch, "step": self.step, "batch": self.batch}
+        counters = {"epoch": self.epoch, "step": self.step, "batch": self.batch, "length": self.length}
         state = random_state() if self.rest is None else self.rest
         return flatten({**counters, "random": state, "place": place}, live.as_array, where=PROGRESS)
 
@@ -161,7 +166,7 @@ class Progress:
         with Reading(checkpoint) as reading:
             saved = self._read(reading, checkpoint)
             objects = [name for name in checkpoint.objects if name != PROGRESS]
-            tree = live.fill_state(like, reading.saved, objects, where=checkpoint.path)
+            tree = passed.fill(like, reading.saved, objects, where=checkpoint.path)
         self._take(saved, checkpoint.path)
         return tree
 
@@ -171,6 +176,7 @@ class Progress:
         if (
             not isinstance(saved, dict)
             or not all(type(saved.get(name)) is int for name in counters)
+            or type(saved.get("length", 0)) not in (int, type(None))
             or "random" not in saved
         ):
             raise Damaged(f"{checkpoint.name}: its progress is malformed", path=checkpoint.path)
@@ -181,4 +187,5 @@ class Progress:
         self.epoch, self.step, self.batch = saved["epoch"], saved["step"], saved["batch"]
         self.in_epoch, self.is_iterating, self.is_logged, self.place, self.rest = False, False, False, None, None
         self._resumed = saved if self.batch else None
+        self.length = self.length_before = saved.get("length")
         set_random_state(saved["random"], where=where)  # last: restoring objects may have drawn numbers

@@ -1,54 +1,84 @@
-"""Recall: the arrays of the capture before, so that a tensor that is still where it was is not looked at again."""
+"""Recall: the captures before, so that a tracked object that is made of the same tensors is not taken apart again."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self
+from operator import is_
+from typing import TYPE_CHECKING, NamedTuple
 
+from highcamp.core.trace import Trace, trace
+from highcamp.core.tree import Flat
 from highcamp.run import live
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable
+    from collections.abc import Hashable
 
     from highcamp.core.array import HostArray
 
 
+class _Known(NamedTuple):
+    """What one object was like. places: where the bytes of its tensors lie, and how. arrays: of each tensor, by its `id`."""
+
+    trace: Trace
+    tensors: list[object]
+    places: list[Hashable]
+    arrays: dict[int, HostArray]
+    flat: Flat
+
+
 class Recall:
-    """An `AsArray` that remembers. A capture is a `with` block: what it has not seen is let go at its end."""
+    """Flattens as `live.flat` does, and remembers; the tensors of the last capture are held.
+
+    version: grows when an object is no longer what it was.
+    """
 
     def __init__(self) -> None:
         """Nothing has been seen."""
-        self._place_of: dict[type, Callable[[Any], Hashable] | None] = {}
-        self._before: dict[int, tuple[object, Hashable, HostArray]] = {}
-        self._now: dict[int, tuple[object, Hashable, HostArray]] = {}
+        self.version = 0
+        self._known: dict[str, _Known] = {}
+        self._array_of: dict[int, HostArray] = {}
+        self._held: frozenset[int] = frozenset()
 
-    def __enter__(self) -> Self:
-        """A capture begins."""
-        self._before, self._now = self._now, {}
-        return self
+    def __call__(self, tree: object, where: str) -> Flat:
+        """The flattened tree of the object `where`; the same arrays as long as its tensors lie where they lay."""
+        known = self._known.get(where)
+        if known is not None:
+            tensors: list[object] = []
+            found = known.trace.again(tree, tensors)
+            if found is not None and _are_same(tensors, known):
+                if found is not known.trace:
+                    known = known._replace(trace=found, flat=Flat(found.skeleton, known.flat.arrays))
+                    self._known[where] = known
+                return known.flat
+        return self._anew(tree, where)
 
-    def __exit__(self, *_: object) -> None:
-        """It has ended."""
-        self._before = {}
+    def _anew(self, tree: object, where: str) -> Flat:
+        self._known.pop(where, None)
+        self.version += 1
+        flat = live.flat(tree, where)
+        pairs: list[tuple[str, object]] = []
+        # What is no framework's tensor is an array that was made to be looked at, and will be another one next time.
+        made = trace(tree, flat.skeleton, pairs) if all(array.kind for array in flat.arrays.values()) else None
+        tensors = [leaf for _, leaf in pairs]
+        places = live.places(tensors)
+        if made is not None and places is not None:
+            arrays = {id(leaf): flat.arrays[name] for name, leaf in pairs}
+            self._known[where] = _Known(made, tensors, places, arrays, flat)
+        self._array_of = {key: array for known in self._known.values() for key, array in known.arrays.items()}
+        self._held = frozenset(map(id, self._array_of.values()))
+        return flat
 
-    def __call__(self, leaf: object) -> HostArray | None:
-        """The array of a leaf, see `live.as_array`."""
-        kind = type(leaf)
-        if kind not in self._place_of:
-            self._place_of[kind] = live.place_of(kind)
-        place_of = self._place_of[kind]
-        place = place_of(leaf) if place_of is not None else None
-        if place is None:
-            return live.as_array(leaf)
-        known = self._now.get(id(leaf)) or self._before.get(id(leaf))
-        if known is None or known[0] is not leaf or known[1] != place:
-            array = live.as_array(leaf)
-            if array is None:
-                return None
-            known = (leaf, place, array)
-        self._now[id(leaf)] = known
-        return known[2]
+    def holds(self, array: HostArray) -> bool:
+        """Whether it is an array of the last capture that the next one will give again."""
+        return id(array) in self._held
 
     def of(self, leaf: object) -> HostArray | None:
-        """The array of a leaf that the last capture has seen."""
-        known = self._now.get(id(leaf))
-        return known[2] if known is not None and known[0] is leaf else None
+        """The array of a tensor that the last capture has seen."""
+        return self._array_of.get(id(leaf))  # as long as it is held, nobody else has its number
+
+
+def _are_same(tensors: list[object], known: _Known) -> bool:
+    return (
+        len(tensors) == len(known.tensors)
+        and all(map(is_, tensors, known.tensors))
+        and live.are_at(tensors, known.places)
+    )

@@ -39,12 +39,13 @@ class Linked(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Object(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One object: its skeleton, its tensor files in order, the frameworks of its tensors."""
+    """One object: its skeleton, its tensor files in order, the frameworks of its tensors, which of them are trained."""
 
     skeleton: Any
     files: tuple[str, ...]
     kinds: dict[str, str]
     weights: bool
+    trained: tuple[str, ...] = ()
 
 
 class Facts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -65,7 +66,13 @@ def facts(progress: Progress, metrics: Mapping[str, float], shot: Shot) -> dict[
     files = [each for part in shot.parts for each in part.files]
     linked = {each.name: Linked(each.name, each.same.file.size, each.same.file.digest) for each in files if each.same}
     objects = {
-        part.name: Object(part.skeleton, tuple(each.name for each in part.files), part.kinds, part.weights)
+        part.name: Object(
+            part.skeleton,
+            tuple(each.name for each in part.files),
+            part.kinds,
+            part.weights,
+            tuple(sorted(part.trained)),
+        )
         for part in shot.parts
     }
     document = Facts(progress.step, progress.epoch, progress.batch, finite, nonfinite, objects, linked)
@@ -152,7 +159,8 @@ def _parts(found: Found, known: Facts, checkpoints: Sequence[Checkpoint], opened
                 files.append(TensorFile(file_name, layout, partial(_pieces, data)))
             else:
                 files.append(_linked(found, file_name, known.linked.get(file_name), checkpoints, opened))
-        parts.append(Part(name, entry.skeleton, tuple(files), entry.kinds, weights=entry.weights))
+        trained = frozenset(entry.trained)
+        parts.append(Part(name, entry.skeleton, tuple(files), entry.kinds, weights=entry.weights, trained=trained))
     return parts
 
 

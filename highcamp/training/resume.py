@@ -1,4 +1,4 @@
-"""Resume: the newest checkpoint that is whole, and what is said of those that are not."""
+"""Resume: the newest healthy checkpoint that is whole, and what is said of those that are not."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 
 def newest_whole(attempt: OngoingAttempt, voice: Voice, load: Callable[[Checkpoint], object]) -> Checkpoint | None:
-    """Call `load` with each checkpoint, newest first, until one is not Damaged, and return that one.
+    """Call `load` with each checkpoint, in the order of `preferred`, until one is not Damaged, and return that one.
 
     A damaged one may have been read into live objects in part; the next one overwrites all of it. One that holds weights
     alone is passed over. None if the run has no checkpoints at all. Raises Damaged if it has some and none is whole, Refused
     if all hold weights alone: training from the start over what may still be saved is for a person to decide. This error,
     and any that `load` raises, says of live objects if they are undefined.
     """
-    checkpoints = list(reversed(attempt.run.checkpoints))
+    checkpoints = preferred(attempt.run.checkpoints)
     known = [checkpoint.name for checkpoint in checkpoints]
     unlisted = _damaged_unlisted(attempt.run.store, known)
     strangers = [entry.name for entry in verify_unlisted(attempt.run.store, known) if entry.state == "foreign"]
@@ -60,6 +60,7 @@ def newest_whole(attempt: OngoingAttempt, voice: Voice, load: Callable[[Checkpoi
                 voice.say(messages.fell_back(damage, checkpoint.name), level=0)
             for name in stripped:
                 voice.say(messages.passed_over(name, "it holds weights alone, so training cannot resume from it"))
+            _tell_health(checkpoint, checkpoints, voice)
             return checkpoint
     for damage in errors:
         voice.say(damage.message, level=0)
@@ -82,6 +83,29 @@ def newest_whole(attempt: OngoingAttempt, voice: Voice, load: Callable[[Checkpoi
             hint=f"{_weights_there(stripped)}; to train on from them, use another directory",
         )
     return None
+
+
+def preferred(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
+    """Those that training would resume from, first come first: the newest, but known to be unhealthy ones behind all others.
+
+    checkpoints: in (step, sequence) order. What a step makes of weights that are NaN is NaN again, so a run that goes on
+    from them has ended, and would not be told.
+    """
+    newest_first = checkpoints[::-1]
+    unhealthy = [each for each in newest_first if each.is_healthy is False]
+    return [each for each in newest_first if each.is_healthy is not False] + unhealthy
+
+
+def _tell_health(chosen: Checkpoint, checkpoints: Sequence[Checkpoint], voice: Voice) -> None:
+    """Say, of the checkpoint that training goes on from, if newer ones are unhealthy, or if it is itself."""
+    if chosen.is_healthy is False:
+        voice.say(messages.none_healthy(chosen), level=0)
+        return
+    order = chosen.manifest.order
+    unhealthy = [each for each in checkpoints if each.is_healthy is False and not each.manifest.is_weights_only]
+    newer = [each for each in unhealthy if each.manifest.order > order]
+    if newer:
+        voice.say(messages.unhealthy_passed_over(newer, chosen.name), level=0)
 
 
 def _weights_there(names: Sequence[str]) -> str:

@@ -22,11 +22,12 @@ from highcamp.training.writer import Writer
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from highcamp.core.tree import AsArray, Flat
+    from highcamp.core.tree import Flat
     from highcamp.policy.cadence import Every
     from highcamp.policy.monitor import Monitor
     from highcamp.policy.retention import Keep
     from highcamp.run.checkpoint import Checkpoint
+    from highcamp.run.live import Flatten
     from highcamp.storage.store import Store
     from highcamp.training.best import BestSoFar
     from highcamp.training.costs import Saving
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from highcamp.training.source import Source
     from highcamp.training.writer import Pending
 
-    Capture = Callable[[AsArray], dict[str, Flat]]
+    Capture = Callable[[Flatten], dict[str, Flat]]
     """Gives the flattened state; its arrays may be live."""
     Where = Literal["disk", "memory"]
 
@@ -78,6 +79,7 @@ class Saver:
         self._saved_at, self._counted = time.monotonic(), 0
         self._before = (self._saved, self._saved_at)
         self._prune_error: HighcampError | None = None
+        self._has_told_unhealthy = False
 
     @property
     def is_open(self) -> bool:
@@ -92,7 +94,7 @@ class Saver:
         return self._attempt
 
     def open(self, progress: Progress, tracked: Mapping[str, object], load: Callable[[Checkpoint], object]) -> None:
-        """Begin the attempt: take the run over, and `load` the newest checkpoint that is not damaged.
+        """Begin the attempt: take the run over, and `load` the newest checkpoint that is whole, and healthy if one is.
 
         tracked: the objects that checkpoints hold, none if the state is passed.
         """
@@ -131,7 +133,7 @@ class Saver:
             self._voice.say(messages.resumed(found.name, found.epoch, found.batch, self.attempt.number, to_go))
 
     def rewind(self, progress: Progress, load: Callable[[Checkpoint], object]) -> Checkpoint | None:
-        """Go back to the newest whole checkpoint in the middle of an attempt; None if there is none."""
+        """Go back to the checkpoint that a restart would go on from, in the middle of an attempt; None if there is none."""
         found = newest_whole(self.attempt, self._voice, load)
         if found is not None:
             self.attempt.rewound_to(found)
@@ -247,6 +249,9 @@ class Saver:
                 shot.close()
             acknowledge(checkpoint)
             self._voice.say(messages.saved(checkpoint.name, cost), level=2)
+            if checkpoint.is_healthy is False and not self._has_told_unhealthy:
+                self._has_told_unhealthy = True
+                self._voice.say(messages.unhealthy(checkpoint), level=0)
             self._source.learn(checkpoint, shot, digests)
             try:
                 attempt.note_save(checkpoint, cost)
@@ -285,7 +290,7 @@ class Saver:
         if error is not None:
             self.tell(error)
         shot = self._source.shoot(
-            lambda as_array: {**capture(as_array), PROGRESS: progress.capture()},
+            lambda flat: {**capture(flat), PROGRESS: progress.capture()},
             block=self._block if self._memory.is_on else None,
         )
         slot = self._memory.take_slot()

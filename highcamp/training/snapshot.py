@@ -16,15 +16,16 @@ from highcamp.core import tensorfile
 from highcamp.core.array import HostArray
 from highcamp.run.commit import Part, TensorFile
 from highcamp.training.staging import Staging
-from highcamp.training.stream import ALIGNMENT, Stream
+from highcamp.training.stream import ALIGNMENT, PIECE_BYTES, Stream
 from highcamp.training.unchanged import Group
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from highcamp.core.array import Spec
     from highcamp.core.tensorfile import Entry, Layout
     from highcamp.core.tree import Flat
+    from highcamp.training.stream import Cuts
 
 METADATA = {"format": "pt"}  # what transformers looks for before it loads a safetensors file
 SPARE_BYTES = 32 << 10
@@ -38,14 +39,16 @@ LEAST_STAGING_BYTES = 1 << 20
 ASIDE_SHARE = 20
 """One part in so many of a ring may be set aside beside it, or LEAST_STAGING_BYTES: more would belie `staging_bytes`."""
 
+RING_BYTES = 4 * PIECE_BYTES
+"""For a state that is referred to rather than copied: pieces of it are hashed and written while others are fetched."""
+
 
 @dataclass(frozen=True)
 class Shot:
-    """One snapshot. parts: ready to be written once it is filled. stream: its bytes. names: of its late arrays, by `id`."""
+    """One snapshot. parts: ready to be written once it is filled. stream: its bytes."""
 
     parts: list[Part]
     stream: Stream = field(repr=False)
-    names: dict[int, str] = field(default_factory=dict, repr=False)
 
     @property
     def new_bytes(self) -> int:
@@ -87,7 +90,7 @@ class Shot:
         """
         stream = self.stream
         try:
-            if stream.size >= SHARED_BYTES and not stream.is_ring and (os.cpu_count() or 1) > 1:
+            if not stream.is_ring and stream.early_bytes >= SHARED_BYTES and (os.cpu_count() or 1) > 1:
                 with contextlib.suppress(RuntimeError):  # no more threads
                     threading.Thread(target=self._share, name="highcamp-copy", daemon=True).start()
             stream.fill(late=False)
@@ -118,11 +121,17 @@ class Snapshot:
         self._staging: Staging | None = None
         self._layouts: dict[str, tuple[dict[str, Spec], Layout]] = {}
 
-    def prepare(self, flats: Mapping[str, Flat]) -> None:
-        """Set memory aside for states like these, in the background, so that the first `take` is as fast as the others."""
+    def prepare(self, flats: Mapping[str, Flat], *, overlaps: bool = False) -> None:
+        """Set memory aside for states like these, in the background, so that the first `take` is as fast as the others.
+
+        overlaps: what never changes will be late.
+        """
         if self._staging is None and any(flat.arrays for flat in flats.values()):
             layouts = [self._layout(name, flat.arrays) for name, flat in flats.items()]
             needed = sum(-(-layout.size // ALIGNMENT) * ALIGNMENT for layout in layouts)
+            arrays = [array for flat in flats.values() for array in flat.arrays.values()]
+            if overlaps and _is_referred(arrays, frozenset(map(id, arrays))):
+                needed = min(needed, RING_BYTES)
             self._staging = self._allocate(self._capacity(needed + SPARE_BYTES))
             self._staging.prepare()
 
@@ -137,13 +146,15 @@ class Snapshot:
         groups: Mapping[str, Sequence[Group]] | None = None,
         *,
         late: frozenset[int] = frozenset(),
+        cuts: Cuts | None = None,
         block: Callable[[int], memoryview | None] | None = None,
     ) -> Shot:
         """Plan the copy of every array into this memory; `Shot.fill` makes it.
 
         flats: object name -> its flattened state. groups: how the tensors of an object are spread over files, one file
-        otherwise. late: `id` of the arrays that may be copied while the loop goes on. block: gives memory to be used
-        instead of the snapshot's own, so many bytes. The parts are valid until the next `take`. Raises MemoryError.
+        otherwise. late: `id` of the arrays that may be copied while the loop goes on. cuts: see `Stream`.
+        block: gives memory to be used instead of the snapshot's own, so many bytes. The parts are valid until the next
+        `take`. Raises MemoryError.
         """
         planned = {name: self._plan(name, flat, (groups or {}).get(name)) for name, flat in flats.items()}
         new = [
@@ -151,13 +162,14 @@ class Snapshot:
         ]
         sources = [(layout, [flats[name].arrays[entry.name] for entry in layout.entries]) for name, _, layout in new]
         needed = sum(-(-layout.size // ALIGNMENT) * ALIGNMENT for layout, _ in sources)
+        arrays = (each for _, found in sources for each in found)
         memory = block(needed) if block is not None else None
         if memory is None:
-            memory = self._memory(self._capacity(needed))
+            memory = self._memory(self._capacity(min(needed, RING_BYTES) if _is_referred(arrays, late) else needed))
         capacity = len(memory)
         if needed > capacity and late:
             sources, late = _all_late(sources, late, max(capacity // ASIDE_SHARE, LEAST_STAGING_BYTES))
-        stream = Stream(sources, late, capacity)
+        stream = Stream(sources, late, capacity, cuts)
         stream.use(memory)
         numbers = {group.file: number for number, (_, group, _) in enumerate(new)}
         parts = []
@@ -169,13 +181,8 @@ class Snapshot:
                 for group, layout in plans
             )
             kinds = {key: array.kind for key, array in flats[name].arrays.items() if array.kind}
-            parts.append(Part(name, flats[name].skeleton, files, kinds, flats[name].weights))
-        names = (
-            {id(array): f"{name}/{key}" for name, flat in flats.items() for key, array in flat.arrays.items()}
-            if late
-            else {}
-        )
-        return Shot(parts, stream, names)
+            parts.append(Part(name, flats[name].skeleton, files, kinds, flats[name].weights, flats[name].trained))
+        return Shot(parts, stream)
 
     def _plan(self, name: str, flat: Flat, groups: Sequence[Group] | None) -> list[tuple[Group, Layout]]:
         if not flat.arrays:
@@ -230,6 +237,17 @@ class Snapshot:
                 f"a save then stops training for as long as it is written; staging_bytes={capacity} asks for no more"
             )
         return staging
+
+
+def _is_referred(arrays: Iterable[HostArray], late: frozenset[int]) -> bool:
+    """Whether all but a little never changes and may be fetched late: then holding the arrays is a snapshot already."""
+    rest = LEAST_STAGING_BYTES
+    for each in arrays if late else ():
+        if not (each.is_immutable and id(each) in late):
+            rest -= each.nbytes
+            if rest < 0:
+                return False
+    return bool(late)
 
 
 def _aside(array: HostArray) -> HostArray:

@@ -10,14 +10,17 @@ from highcamp.run import live
 from highcamp.training.overlap import Overlap
 from highcamp.training.recall import Recall
 from highcamp.training.snapshot import Snapshot
+from highcamp.training.stream import Cuts
 from highcamp.training.unchanged import Unchanged
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from highcamp.core.tree import AsArray, Flat
+    from highcamp.core.tree import Flat
     from highcamp.run.checkpoint import Checkpoint
+    from highcamp.run.live import Flatten
     from highcamp.storage.store import Store
+    from highcamp.training.overlap import Late
     from highcamp.training.snapshot import Shot
 
 
@@ -37,17 +40,18 @@ class Source:
         staging_bytes, tell: see `Snapshot`.
         """
         self._recall, self._has_tracked = Recall(), False
+        self._cuts = Cuts(self._recall.holds)
         self._unchanged = Unchanged(store)
         self._snapshot = Snapshot(staging_bytes, tell=tell)
         self._overlap = Overlap() if overlaps else None
-        self._late: dict[int, object] = {}
+        self._late: Late = {}
 
     def open(self, tracked: Mapping[str, object], flats: Mapping[str, Flat], resumed_from: Checkpoint | None) -> None:
         """The attempt begins. flats: the state of the tracked objects, for which memory is set aside."""
         if self._overlap is not None:
             self._overlap.watch(tracked)
         self._has_tracked = bool(tracked)
-        self._snapshot.prepare(flats)
+        self._snapshot.prepare(flats, overlaps=self._overlap is not None)
         if resumed_from is not None:
             self.go_on_from(resumed_from)
 
@@ -58,7 +62,7 @@ class Source:
             self._unchanged.learn_from_disk(checkpoint)
 
     def shoot(
-        self, capture: Callable[[AsArray], dict[str, Flat]], *, block: Callable[[int], memoryview | None] | None = None
+        self, capture: Callable[[Flatten], dict[str, Flat]], *, block: Callable[[int], memoryview | None] | None = None
     ) -> Shot:
         """Plan the copy of the state; `expose` makes it.
 
@@ -69,15 +73,12 @@ class Source:
         """
         if self._overlap is not None:
             self._overlap.wait()  # for a snapshot in other memory, whose copy may still be under way
-        if self._has_tracked:
-            with self._recall:
-                flats = capture(self._recall)
-        else:
-            flats = capture(live.as_array)  # a state that is passed is not the same again, and not ours to keep alive
+        # A state that is passed is not the same again, and not ours to keep alive.
+        flats = capture(self._recall if self._has_tracked else live.flat)
         arrays = {name: flat.arrays for name, flat in flats.items()}
         groups = self._unchanged.groups(arrays)
         self._late = self._overlap.late(self._recall, arrays) if self._overlap is not None else {}
-        return self._snapshot.take(flats, groups, late=frozenset(self._late), block=block)
+        return self._snapshot.take(flats, groups, late=frozenset(self._late), cuts=self._cuts, block=block)
 
     def expose(self, shot: Shot) -> Callable[[], None] | None:
         """Copy what cannot wait, and begin to copy what can; the state may then change as the loop changes it.
@@ -87,7 +88,7 @@ class Source:
         if not shot.stream.is_ring:
             shot.fill()
         late, self._late = self._late, {}
-        return self._overlap.arm(shot, late, self._recall) if self._overlap is not None else None
+        return self._overlap.arm(shot, late) if self._overlap is not None else None
 
     @property
     def size_bytes(self) -> int:
@@ -111,4 +112,4 @@ class Source:
         """Let go of hooks, files and memory."""
         if self._overlap is not None:
             self._overlap.close()
-        self._snapshot, self._recall, self._late = Snapshot(), Recall(), {}
+        self._snapshot, self._recall, self._cuts, self._late = Snapshot(), Recall(), Cuts(), {}

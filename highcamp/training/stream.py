@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from typing import TYPE_CHECKING, NamedTuple
+from itertools import zip_longest
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 PIECE_BYTES = 16 << 20
 """Large enough for the disk's full rate, small enough to be hashed in the processor's cache, and for a barrier to wait for."""
+HAND_BYTES = 1 << 20
+"""Taken at once where pieces are small: to take one is to ask for a lock."""
 ALIGNMENT = 4096  # where a file begins in the stream, so that its pieces can be written directly
 
 
@@ -32,31 +35,78 @@ class Share(NamedTuple):
 
 
 class Piece:
-    """One stretch of the stream."""
+    """One stretch of the stream, from `start` to `stop`. is_late: it may be filled while the loop goes on."""
 
-    __slots__ = ("is_late", "shares", "start", "stop")
+    __slots__ = ("is_late", "start", "stop")
 
     def __init__(self, start: int, *, is_late: bool) -> None:
-        """is_late: it may be filled while the loop goes on."""
         self.start = self.stop = start
         self.is_late = is_late
-        self.shares: list[Share] = []
+
+
+Shares: TypeAlias = "dict[Piece, list[Share]]"
+"""The pieces in order, and what each is filled with."""
+
+
+class _Cut(NamedTuple):
+    """How one file was cut, and what decided it."""
+
+    layout: Layout
+    arrays: Sequence[HostArray]
+    start: int
+    shares: Shares
+
+
+class Cuts:
+    """How files are cut into pieces, remembered for those whose arrays somebody holds anyway."""
+
+    def __init__(self, is_held: Callable[[HostArray], bool] = lambda _: False) -> None:
+        """is_held: whether the arrays of a file are held, told by its first one."""
+        self._is_held = is_held
+        self._known: list[_Cut | None] = []
+        self._terms: tuple[frozenset[int], int] | None = None
+
+    def cut(
+        self,
+        files: Sequence[tuple[Layout, Sequence[HostArray]]],
+        starts: Iterable[int],
+        late: frozenset[int],
+        capacity: int,
+    ) -> Shares:
+        """The pieces of all files. starts: where each begins in the stream. For the others see `Stream`."""
+        before = self._known if self._terms == (late, capacity) else []
+        self._terms, self._known = (late, capacity), []
+        shares: Shares = {}
+        for (layout, arrays), start, known in zip_longest(files, starts, before[: len(files)]):
+            # Arrays are equal if they are the same, so that lists of them are compared without a line of Python.
+            cut = known
+            if cut is None or cut.layout is not layout or cut.start != start or cut.arrays != arrays:
+                cut = _Cut(layout, arrays, start, _cut(layout, arrays, start, late, capacity))
+            self._known.append(cut if arrays and self._is_held(arrays[0]) else None)
+            shares |= cut.shares
+        return shares
 
 
 class Stream:
     """One snapshot's bytes. `fill` from any number of threads, `read` from one, in order."""
 
     def __init__(
-        self, files: Sequence[tuple[Layout, Sequence[HostArray]]], late: frozenset[int], capacity: int
+        self,
+        files: Sequence[tuple[Layout, Sequence[HostArray]]],
+        late: frozenset[int],
+        capacity: int,
+        cuts: Cuts | None = None,
     ) -> None:
         """Lay the stream out.
 
         files: each tensor file's table, and its arrays in that order. late: `id` of the arrays that may be copied while the
-        loop goes on. capacity: bytes of the staging memory it will go through, a multiple of ALIGNMENT.
+        loop goes on. capacity: bytes of the staging memory it will go through, a multiple of ALIGNMENT. cuts: of the stream
+        before.
         """
         self.starts, self.size = _places(layout for layout, _ in files)
         self._capacity = capacity
-        self._pieces = list(_cut(files, self.starts, late, capacity))
+        self._shares = (cuts or Cuts()).cut(files, (start for start, _ in self.starts), late, capacity)
+        self._pieces = list(self._shares)
         self._early = deque(piece for piece in self._pieces if not piece.is_late)
         self._late = deque(piece for piece in self._pieces if piece.is_late)
         self._unfilled = set(self._early), set(self._late)
@@ -73,6 +123,11 @@ class Stream:
         return self._capacity < self.size
 
     @property
+    def early_bytes(self) -> int:
+        """What is still to be filled while the loop waits."""
+        return sum(piece.stop - piece.start for piece in self._early)
+
+    @property
     def has_late(self) -> bool:
         """Whether some of it may be filled while the loop goes on."""
         return bool(self._late)
@@ -80,7 +135,7 @@ class Stream:
     def late_arrays(self) -> Iterator[HostArray]:
         """Each array that may be filled late, before it is."""
         for piece in self._late:
-            for share in piece.shares:
+            for share in self._shares[piece]:
                 if share.offset == 0:
                     yield share.array
 
@@ -101,29 +156,33 @@ class Stream:
         pieces, unfilled, hand = (self._early, self._late)[late], self._unfilled[late], list[Piece]()
         try:
             while self._take(pieces, hand):
-                self._copy(hand[0])
+                for piece in hand:
+                    self._copy(piece)
                 with self._changed:
-                    unfilled.discard(hand[0])
+                    unfilled.difference_update(hand)
                     self._let_go(hand)
         except Exception as error:
             self.abort(error)
             raise
         finally:
             with self._changed:
-                if hand and hand[0] in unfilled and hand[0] not in pieces:
-                    pieces.appendleft(hand[0])
+                pieces.extendleft(piece for piece in reversed(hand) if piece in unfilled and piece not in pieces)
                 self._let_go(hand)
 
     def _take(self, pieces: deque[Piece], hand: list[Piece]) -> bool:
+        """Put the next piece in the hand, or more where they are small; False if there is none."""
         with self._changed:
             while True:
                 if self._error is not None or not pieces:
                     return False
-                if pieces[0].stop - self._released <= self._capacity:
+                size = 0
+                while pieces and pieces[0].stop - self._released <= self._capacity and size < HAND_BYTES:
+                    size += pieces[0].stop - pieces[0].start
                     # Ctrl-C can come between any two lines: the piece is in the hand before it is out of the queue.
                     hand.append(pieces[0])
                     self._held.add(pieces[0])
                     pieces.popleft()
+                if hand:
                     return True
                 self._changed.wait()
 
@@ -131,13 +190,13 @@ class Stream:
         self._held.difference_update(hand)
         for piece in hand:
             if piece not in self._unfilled[piece.is_late]:
-                piece.shares = []  # of the arrays as well: a state that was passed may be nobody else's by now
+                self._shares.pop(piece, None)  # a state that was passed may be nobody else's by now
         hand.clear()
         self._changed.notify_all()
 
     def _copy(self, piece: Piece) -> None:
         block, capacity = self._block, self._capacity
-        for at, length, array, offset in piece.shares:
+        for at, length, array, offset in self._shares[piece]:
             place = at % capacity
             view = block[place : place + length]
             array.copy_to(view, offset)
@@ -208,31 +267,25 @@ def _places(layouts: Iterable[Layout]) -> tuple[list[tuple[int, int]], int]:
     return places, at
 
 
-def _cut(
-    files: Sequence[tuple[Layout, Sequence[HostArray]]],
-    places: Sequence[tuple[int, int]],
-    late: frozenset[int],
-    capacity: int,
-) -> Iterator[Piece]:
-    """The pieces of all files: none crosses from file to file, from late to early, or over the end of the memory."""
-    for (layout, arrays), (start, _) in zip(files, places, strict=True):
-        piece: Piece | None = None
-        limit = 0
-        for entry, array in zip(layout.entries, arrays, strict=True):
-            is_late = id(array) in late
-            at, end = start + entry.start, start + entry.end
-            offset = 0
-            while at < end:
-                if piece is None or piece.is_late != is_late or at == limit:
-                    if piece is not None:
-                        yield piece
-                    piece, limit = Piece(at, is_late=is_late), _limit(at, capacity)
-                stop = piece.stop = min(end, limit)
-                piece.shares.append(Share(at, stop - at, array, offset))
-                offset += stop - at
-                at = stop
-        if piece is not None:
-            yield piece
+def _cut(layout: Layout, arrays: Sequence[HostArray], start: int, late: frozenset[int], capacity: int) -> Shares:
+    """The pieces of one file that begins at `start`: none crosses from late to early, or over the end of the memory."""
+    shares: Shares = {}
+    piece: Piece | None = None
+    filling: list[Share] = []
+    limit = 0
+    for entry, array in zip(layout.entries, arrays, strict=True):
+        is_late = id(array) in late
+        at, end = start + entry.start, start + entry.end
+        offset = 0
+        while at < end:
+            if piece is None or piece.is_late != is_late or at == limit:
+                piece, limit = Piece(at, is_late=is_late), _limit(at, capacity)
+                filling = shares[piece] = []
+            stop = piece.stop = min(end, limit)
+            filling.append(Share(at, stop - at, array, offset))
+            offset += stop - at
+            at = stop
+    return shares
 
 
 def _limit(start: int, capacity: int) -> int:

@@ -17,6 +17,7 @@ from highcamp.core import strict
 from highcamp.errors import HighcampError, StorageError
 from highcamp.run import owner
 from highcamp.run.history import attempt_numbers, format_time
+from highcamp.training.resume import preferred
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -85,7 +86,11 @@ class Patience:
 
 @dataclass(frozen=True)
 class Stretch:
-    """What one attempt did to a run. began, reached: steps; resumed_from: None for a fresh start; last: newest checkpoint."""
+    """What one attempt did to a run.
+
+    began, reached: steps. resumed_from: None for a fresh start. last: the checkpoint that the next one would go on from.
+    was_preempted: whether it was asked to stop, and saved.
+    """
 
     run: Run
     attempt: int
@@ -93,6 +98,7 @@ class Stretch:
     began: int
     reached: int
     last: str | None
+    was_preempted: bool = False
 
     @property
     def has_gained(self) -> bool:
@@ -108,9 +114,15 @@ def stretch_since(run: Run, before: int) -> Stretch | None:
     if not attempts:
         return None
     newest, saved = attempts[-1], run.checkpoints
-    reached = max((each.step for each in saved if each.manifest.attempt == newest.number), default=newest.step)
-    last = saved[-1].name if saved else None
-    return Stretch(run, newest.number, newest.resumed_from, newest.step, reached, last)
+    last = next(iter(preferred(saved)), None)
+    own = [each for each in saved if each.manifest.attempt == newest.number]
+    if last is not None and last.is_healthy is not False:
+        own = [each for each in own if each.is_healthy is not False]  # nothing goes on from the others: no gain
+    reached = max((each.step for each in own), default=newest.step)
+    was_preempted = newest.ended == "preempted"
+    return Stretch(
+        run, newest.number, newest.resumed_from, newest.step, reached, last.name if last else None, was_preempted
+    )
 
 
 class Script(Protocol):
@@ -186,7 +198,9 @@ class Supervisor:
         """Why it is not started again, "" where that needs no words; None if it is."""
         if ending.code == 0:
             return ""
-        if ending.is_asked_for or self._script.was_asked_to_stop:
+        # What stands between us and the training, such as torchrun, may hide how that has ended.
+        is_preempted = any(each.was_preempted for each in done)
+        if ending.is_asked_for or self._script.was_asked_to_stop or is_preempted:
             return "not started again, because it was asked to stop"
         self._fruitless = 0 if any(each.has_gained for each in done) else self._fruitless + 1
         if self._fruitless >= MAX_FRUITLESS:

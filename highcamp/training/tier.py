@@ -19,7 +19,7 @@ from highcamp.core.names import check_name
 from highcamp.errors import Damaged, HighcampError, InvalidArgument, StorageError, Unreadable
 from highcamp.storage import system
 from highcamp.storage.store import NotThere
-from highcamp.training import found, identity, slot
+from highcamp.training import allowance, found, identity, slot
 from highcamp.training.identity import is_held
 from highcamp.training.slot import Slot
 
@@ -128,7 +128,7 @@ class Tier:
 
 
 def _free_bytes(directory: str) -> int | None:
-    """What can be taken: the rest of the file system, or of the machine's memory if that is less; None if untold."""
+    """What can be taken: the rest of the file system, of the machine's memory or of the container's; None if untold."""
     known: list[int] = []
     with system.told("statvfs", directory):
         disk = os.statvfs(directory)
@@ -137,6 +137,8 @@ def _free_bytes(directory: str) -> int | None:
     with contextlib.suppress(OSError):  # an estimate
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         known += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    if (left := allowance.left_bytes()) is not None:
+        known.append(left)
     return min(known, default=None)
 
 

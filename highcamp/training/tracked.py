@@ -12,7 +12,8 @@ from highcamp.training.progress import PROGRESS
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from highcamp.core.tree import AsArray, Flat
+    from highcamp.core.tree import Flat
+    from highcamp.run.live import Flatten
 
 
 class Tracked(dict[str, object]):
@@ -36,6 +37,6 @@ class Tracked(dict[str, object]):
             hint = "call track(model=…, optimizer=…) first" + (f", or pass {instead}" if instead else "")
             raise InvalidArgument(f"{call} has nothing to save or restore: no object is tracked", hint=hint)
 
-    def capture(self, as_array: AsArray) -> dict[str, Flat]:
-        """Their state, flattened; as_array: makes an array of a leaf."""
-        return {name: live.capture(name, obj, as_array) for name, obj in self.items()}
+    def capture(self, flat: Flatten) -> dict[str, Flat]:
+        """Their state; flat: takes a tree apart."""
+        return {name: live.capture(name, obj, flat) for name, obj in self.items()}

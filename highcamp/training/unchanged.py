@@ -40,13 +40,17 @@ class Group(NamedTuple):
 
 
 class _Before(NamedTuple):
-    """A tensor file of the checkpoint before. identity: of the file, None if it could not be told; see `Reader`."""
+    """A tensor file of the checkpoint before.
+
+    identity: of the file, None if it could not be told; see `Reader`. nonfinite: see `Committed`.
+    """
 
     path: str
     file: File
     identity: Hashable
     specs: dict[str, Spec]
     digests: dict[str, str]
+    nonfinite: dict[str, str] | None = None
 
 
 class _Known(NamedTuple):
@@ -109,7 +113,7 @@ class Unchanged:
         if before.identity is None or reader.identity != before.identity:
             reader.close()  # somebody has replaced or changed it
             return None
-        return Committed(before.path, before.file, tuple(before.digests.values()), reader)
+        return Committed(before.path, before.file, tuple(before.digests.values()), reader, nonfinite=before.nonfinite)
 
     def learn(
         self,
@@ -135,6 +139,7 @@ class Unchanged:
                         self._identity(path, listed[file].size),
                         {each.name: each.spec for each in tables[file][0]},
                         {each.name: text for each, text in zip(*tables[file], strict=True)},
+                        checkpoint.manifest.nonfinite_tensors(name),
                     )
                     for file in entry.files
                 ],

@@ -13,7 +13,7 @@ from filelock import FileLock
 
 from benchmarks.limits import MAX_DRIFT, drift
 from benchmarks.report import ORDER, verdicts
-from benchmarks.rows import KEYS, many, overlap, training
+from benchmarks.rows import KEYS, idle, many, overlap, training
 from benchmarks.rows.epochs import CALLBACKS
 from benchmarks.rows.runs import IMPORT
 from benchmarks.states import Spec, difference
@@ -23,7 +23,9 @@ ROWS = (
     'pause of a save, `"copy"`', 'pause of a save, `"overlap"`, barrier included', "durable: hash, fsync, rename, fsync",
     "restore into live tensors, digests checked, warm", "restore into live tensors, digests checked, cold",
     "memory on top of the state", "the same with `memory_every`", "the same with `staging_bytes`", "small model (Keras",
-    "training with a save every", "95 % of the parameters frozen", "100 tensors", "checkpoints in a run: open, list and best",
+    "training with a save every", "an idle step: `checkpointer.batches` (PyTorch)", "an idle step: `save_if_due` (JAX)",
+    "an idle step: Keras callback", "an idle step: Lightning callback", "an idle step: Transformers callback",
+    "95 % of the parameters frozen", "100 tensors", "checkpoints in a run: open, list and best",
     "`highcamp ls` of", "`import highcamp`",
 )  # fmt: skip
 PEERS = (
@@ -63,6 +65,7 @@ def test_every_contestant_took_part_in_every_row(written):
     wanted = {("save", who) for who in PEERS} | {("restore", who) for who in PEERS}
     wanted |= {(overlap.NAME, who) for who in (overlap.OURS, *overlap.PEERS)} | {("keras", who) for who in CALLBACKS}
     wanted |= {(training.NAME, who) for who in training.SAVERS} | {(many.NAME, who) for who in many.PEERS}
+    wanted |= {(idle.NAME, idle.who(framework, each)) for framework in idle.FRAMEWORKS for each in idle.CADENCES}
     wanted |= {(IMPORT, "highcamp"), (IMPORT, "numpy"), ("sizes", "limits"), ("frozen", "highcamp")}
 
     assert wanted - seen == set()

@@ -49,6 +49,8 @@ with Checkpointer("runs/digits", monitor="val_loss") as checkpointer:
             told = os.read(ours, 1)[0]
             print("told", told, flush=True)
             sys.exit(128 + told)
+        if f"leave-{epoch}" in words:
+            os.kill(os.getpid(), signal.SIGUSR1)
         checkpointer.log(val_loss=1 / (1 + epoch))
 print("weights", weights["w"][0])
 """
@@ -282,6 +284,18 @@ def test_json_is_one_object_per_line_on_stderr(place):
 def test_quiet_says_nothing(place):
     """As with every command."""
     assert _ours(_run("crash-2", options=["--quiet"])) == []
+
+
+def test_a_training_that_was_asked_to_stop_is_no_crash_whoever_hides_its_exit_code(place):
+    """Torchrun ends with 1 in any case: started again at once, a job that must leave its machine would stay on it."""
+    wrapper = "import subprocess, sys; subprocess.run([sys.executable, 'train.py', 'leave-3']); sys.exit(1)"
+    command = [*_command()[: _command().index("--") + 1], sys.executable, "-c", wrapper]
+
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+
+    assert done.returncode == 1
+    assert _ours(done)[-1] == "not started again, because it was asked to stop"
+    assert [attempt.ended for attempt in highcamp.open("runs/digits").history.attempts] == ["preempted"]
 
 
 def test_a_deadline_is_no_crash(place):

@@ -55,14 +55,35 @@ def test_one_checkpoint_alone(call, run):
     assert call("verify", f"{run.path}@epoch:12").code == 1
 
 
-def test_quick_reads_nothing(call, run):
-    """Names and sizes only: a flipped byte is not seen, a missing file is."""
+def test_quick_reads_no_tensors(call, run):
+    """Sizes and tables only: a flipped byte of a tensor is not seen, one of a table and a missing file are."""
     _flip(Path(run.last.path) / "model.safetensors")
 
     done = call("verify", run.path, "--quick")
 
     assert done.code == 0
-    assert {row[2] for row in done.rows} == {"0"}
+    assert all(0 < int(row[2]) < run.last.size_bytes - 2000 for row in done.rows)
+    assert "by names, sizes and tables" in done.err
+
+    _flip(Path(run.last.path) / "model.safetensors", 9)
+    (Path(run.best.path) / "state.json").unlink()
+    states = {row[0]: row[1] for row in call("verify", run.path, "--quick").rows}
+    assert (states[BEST], states[LAST]) == ("missing", "altered")
+
+
+def test_a_person_who_waits_sees_a_bar(terminal, run):
+    """Hours of reading without a word look like a program that hangs."""
+    done = terminal("verify", run.path)
+
+    assert done.code == 0
+    assert "verifying" in done.out
+    assert "5 of 5 checkpoints whole" in done.out
+    assert "verifying" not in terminal("verify", run.path, "--quick").out
+
+
+def test_no_bar_in_a_pipe(call, run):
+    """A log would be full of it."""
+    assert "verifying" not in call("verify", run.path).err
 
 
 def test_json_lines_end_with_a_result(call, run):

@@ -72,3 +72,32 @@ def test_show_tells_the_policy(call, stripped):
     assert facts["best"].startswith("step-00000002.2, ")
     assert facts["last"].startswith("step-00000003, ")
     assert json.loads(call("show", stripped.path, "--json").out)["keep"]["best_weights_only"] is True
+
+
+def test_prune_follows_the_policy_that_the_run_was_trained_with(call, tmp_path):
+    """Typed by hand it would keep, or remove, something else than training does."""
+    state = {"params": {"w": np.zeros(3000)}, "opt_state": {"m": np.zeros(6000)}}
+    with Checkpointer(tmp_path / "run", monitor="val_loss", keep=Keep(best=1, last=9), verbose=0) as checkpointer:
+        for step, loss in enumerate([0.5, 0.2, 0.3], start=1):
+            checkpointer.save(state, step=step, metrics={"val_loss": loss})
+    asked = ("prune", tmp_path / "run", "--last", "1", "--best-weights-only")
+
+    before = {row[0]: row for row in call(*asked).rows}
+
+    assert [before[f"step-0000000{step}"][2] for step in (1, 2, 3)] == ["remove", "weights", "keep"]
+    assert 48_000 <= int(before["step-00000002"][-1]) < 72_000  # not the weights, which are linked
+    told = json.loads(call(*asked, "--apply", "--json").out)
+    assert (told["keep"]["best_weights_only"], told["removed"]) == (True, ["step-00000001", "step-00000002"])
+    run = highcamp.open(tmp_path / "run")
+    assert [entry.name for entry in run.checkpoints] == ["step-00000002.2", "step-00000003"]
+    assert run.best.verify().is_whole
+    again = json.loads(call("prune", run.path, "--last", "1", "--best-weights-only", "--apply", "--json").out)
+    assert (again["removed"], again["frees_bytes"]) == ([], 0)
+
+
+def test_prune_of_a_run_that_keeps_weights_only_goes_on_so(call, stripped):
+    """Its own policy is the default."""
+    told = json.loads(call("prune", stripped.path, "--json").out)
+
+    assert told["keep"]["best_weights_only"] is True
+    assert [each["verdict"] for each in told["items"]] == ["keep", "keep"]

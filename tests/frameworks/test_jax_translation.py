@@ -368,7 +368,7 @@ def test_dtype_is_compared():
         "key: a threefry2x32 key in the checkpoint, rbg here",
         "n: tuple in the checkpoint, Pair here",
         "old: only in the checkpoint",
-        "new: only here",
+        "new/a: only here",
         "kind: str in the checkpoint, NoneType here",
     ):
         assert line in str(caught.value)

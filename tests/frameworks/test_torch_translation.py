@@ -474,7 +474,10 @@ def test_an_optimizer_that_does_not_fit_says_why_and_is_not_touched():
 
     lines = translation.check(adam, state)
 
-    assert translation.check(live, state) == ["param_groups: 1 in the checkpoint, 2 here"]
+    assert translation.check(live, state) == [
+        "class_name: SGD in the checkpoint, AdamW here",
+        "param_groups: 1 in the checkpoint, 2 here",
+    ]
     assert "param_groups/0/momentum: only in the checkpoint" in lines
     assert "state/0/momentum_buffer: shape (5, 5) in the checkpoint, the parameter has (4, 4)" in lines
     with pytest.raises(Mismatch, match="does not fit this Adam"):

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 import highcamp
-from highcamp.core.manifest import File, Manifest, Object
+from highcamp.core.manifest import File, Health, Manifest, Object
 from highcamp.run.history import Event, SaveCost
 from highcamp.run.owner import Owner
 from highcamp.run.settings import PaceFacts, Settings
@@ -41,7 +41,9 @@ def test_the_format_page_lists_every_field(heading):
 def test_the_format_page_lists_the_entries_of_what_lies_inside():
     """As above, for what lies inside the manifest, an event or the settings."""
     names = {
-        field.encode_name for struct in (File, Object, SaveCost, PaceFacts) for field in msgspec.structs.fields(struct)
+        field.encode_name
+        for struct in (File, Object, Health, SaveCost, PaceFacts)
+        for field in msgspec.structs.fields(struct)
     }
 
     assert {name for name in names if f"`{name}`" not in FORMAT} == set()

@@ -1,4 +1,4 @@
-"""Loading a checkpoint never runs code: by the syntax trees of every module that reads one."""
+"""Loading a checkpoint never runs code: by the syntax trees of the whole package."""
 
 from __future__ import annotations
 
@@ -10,26 +10,60 @@ import pytest
 import highcamp
 
 PACKAGE = Path(highcamp.__file__).parent
-ROOMS = [
-    "core", "distributed", "jax", "keras", "lightning", "policy", "run", "storage", "torch", "training", "transformers",
-]  # fmt: skip
 MODULES = {
-    "_pickle", "cloudpickle", "code", "codeop", "copyreg", "dill", "importlib", "joblib", "marshal", "multiprocessing",
-    "pickle", "pkgutil", "pty", "runpy", "shelve", "subprocess",
+    "_pickle", "cffi", "cloudpickle", "code", "codeop", "copyreg", "ctypes", "dill", "importlib", "joblib", "jsonpickle",
+    "marshal", "multiprocessing", "pickle", "pkgutil", "pty", "runpy", "shelve", "subprocess", "yaml", "zipimport",
 }  # fmt: skip
 BUILTINS = {"__import__", "breakpoint", "compile", "eval", "exec"}
 # Functions that unpickle, build objects from names in a file, or start a program; by the module they come from.
 FUNCTIONS = {
+    "builtins": BUILTINS,
     "jax": {"load"},
     "jax.numpy": {"load"},
+    "keras.config": {"enable_unsafe_deserialization"},
     "keras.models": {"load_model", "model_from_json"},
     "keras.saving": {"deserialize_keras_object", "load_model"},
-    "os": {"execl", "execv", "execve", "popen", "posix_spawn", "spawnl", "spawnv", "startfile", "system"},
+    "keras.utils": {"get_file"},
+    "numpy": {"load", "loadtxt", "fromregex"},
+    "os": {
+        "execl", "execle", "execlp", "execlpe", "execv", "execve", "execvp", "execvpe", "fork", "forkpty", "popen",
+        "posix_spawn", "posix_spawnp", "spawnl", "spawnle", "spawnlp", "spawnv", "spawnve", "spawnvp", "startfile", "system",
+    },
+    "pydoc": {"locate"},
+    "shutil": {"unpack_archive"},
     "torch": {"load"},
     "torch.hub": {"load", "load_state_dict_from_url"},
     "torch.jit": {"load"},
     "torch.serialization": {"load"},
+}  # fmt: skip
+# Methods that do the same, whatever they are called on.
+METHODS = {
+    "compile_from_config", "build_from_config", "extract", "extractall", "find_class", "from_config", "load_weights",
+    "run_module",
+}  # fmt: skip
+
+IMPORTS_OWN = "imports what a table in this very file names, all of it highcamp's own"
+LOOKS_UP = "asks whether a module is installed, and imports nothing"
+STARTS = "starts the program that the user has typed, or the demo's own script"
+CALLS_C = "the C library, for a call that Python does not offer; no name comes from a file"
+REBUILDS = (
+    "export to Keras's own files, asked for by name: only Keras's own and registered classes, and only after a check"
+)
+ALLOWED = {
+    ("__init__.py", "import importlib"): IMPORTS_OWN,
+    ("cli/program.py", "import importlib"): IMPORTS_OWN,
+    ("cli/export.py", "import importlib.util"): LOOKS_UP,
+    ("cli/demo/command.py", "import importlib.util"): LOOKS_UP,
+    ("cli/demo/command.py", "import subprocess"): STARTS,
+    ("cli/run.py", "import subprocess"): STARTS,
+    ("cli/child.py", "os.posix_spawnp"): STARTS,
+    ("storage/system.py", "import ctypes"): CALLS_C,
+    ("torch/restoring.py", "import ctypes"): CALLS_C,
+    ("keras/export.py", ".from_config"): REBUILDS,
+    ("keras/export.py", ".build_from_config"): REBUILDS,
+    ("keras/export.py", ".compile_from_config"): REBUILDS,
 }
+"""(file, construct) -> why it may stand there. What is not there any more is taken out of the list."""
 
 
 def _problems(source: str) -> list[str]:
@@ -44,14 +78,16 @@ def _problems(source: str) -> list[str]:
                 full = f"{origin}.{alias.name}" if origin else alias.name
                 if alias.asname or origin:
                     aliases[alias.asname or alias.name] = full
-                if full.partition(".")[0] in MODULES:
+                if full.partition(".")[0] in MODULES or alias.name in FUNCTIONS.get(origin, ()):
                     found.append(f"{node.lineno}: import {full}")
     for node in ast.walk(tree):
         if isinstance(node, ast.Name | ast.Attribute):
             full = _dotted(node, aliases)
             module, _, function = full.rpartition(".")
-            if full in BUILTINS or full.removeprefix("builtins.") in BUILTINS or function in FUNCTIONS.get(module, ()):
+            if full in BUILTINS or function in FUNCTIONS.get(module, ()):
                 found.append(f"{node.lineno}: {full}")
+            elif isinstance(node, ast.Attribute) and node.attr in METHODS:
+                found.append(f"{node.lineno}: .{node.attr}")
         elif isinstance(node, ast.keyword) and node.arg == "allow_pickle" and not _is(node.value, constant=False):
             found.append(f"{node.lineno}: allow_pickle")
         elif isinstance(node, ast.keyword) and node.arg == "weights_only" and not _is(node.value, constant=True):
@@ -73,26 +109,24 @@ def _is(node: ast.expr, *, constant: bool) -> bool:
     return isinstance(node, ast.Constant) and node.value is constant
 
 
-def _sources() -> list[Path]:
-    return sorted(
-        path for room in ROOMS for path in [*(PACKAGE / room).rglob("*.py"), PACKAGE / f"{room}.py"] if path.is_file()
-    )
-
-
-def test_no_pickle_nor_other_code_on_a_load_path():
-    """A checkpoint from somebody else would own the machine that opens it."""
-    problems = [
-        f"{path.relative_to(PACKAGE)}:{problem}"
-        for path in _sources()
-        for problem in _problems(path.read_text("utf-8"))
+def _found() -> list[tuple[str, str, str]]:
+    """(file, line, construct) of everything in the package that could run code from a file."""
+    sources = sorted(PACKAGE.rglob("*.py"))
+    assert {"core", "storage", "run", "policy", "training"} <= {path.parent.name for path in sources}
+    found = [
+        (path.relative_to(PACKAGE).as_posix(), each) for path in sources for each in _problems(path.read_text("utf-8"))
     ]
+    return [(file, *problem.split(": ", 1)) for file, problem in found]
 
-    assert problems == []
+
+def test_no_pickle_nor_other_code_from_a_file():
+    """A checkpoint from somebody else would own the machine that opens it."""
+    assert [each for each in _found() if (each[0], each[2]) not in ALLOWED] == []
 
 
-def test_the_rooms_are_there():
-    """A renamed room would be guarded no longer."""
-    assert {"core", "storage", "run", "policy"} <= {path.parent.name for path in _sources()}
+def test_every_exception_is_still_needed():
+    """A list that only grows lets through, one day, what it was never meant for."""
+    assert set(ALLOWED) - {(file, construct) for file, _, construct in _found()} == set()
 
 
 @pytest.mark.parametrize(
@@ -104,6 +138,15 @@ def test_the_rooms_are_there():
         "def f():\n    import subprocess",
         "eval('1')",
         "import builtins; builtins.exec('')",
+        "import builtins as b; b.eval('1')",
+        "from builtins import eval as e; e('1')",
+        "from os import system",
+        "from os import system as s; s('ls')",
+        "import numpy as np; np.load('x')",
+        "import yaml; yaml.load('x')",
+        "import ctypes.util",
+        "archive.extractall('x')",
+        "kind.from_config({})",
         "__import__('os')",
         "import torch; torch.load('x')",
         "import torch as t; t.load('x')",

@@ -52,6 +52,20 @@ def test_missing_metric_leaves_best():
     assert names(ranked) == ["2", "0"]
 
 
+@pytest.mark.parametrize("delta", [0.0, 0.05])
+@pytest.mark.parametrize(("mode", "first"), [("min", "0"), ("max", "2")])
+def test_unhealthy_weights_never_outrank_healthy_ones(mode, first, delta):
+    """A metric of one batch in which NaN was left out, or of a copy of the weights, crowns what cannot predict anything."""
+    made = candidates(0.5, 0.1, 0.9, 0.7)
+    made = [each._replace(is_healthy=health) for each, health in zip(made, [True, False, None, False], strict=True)]
+
+    ranked = names(Monitor("val_loss", mode, delta).rank(made))
+
+    assert ranked[0] == first
+    assert set(ranked[:2]) == {"0", "2"}
+    assert names(Monitor("val_loss", mode, delta).rank(made[1::2])) == {"min": ["1", "3"], "max": ["3", "1"]}[mode]
+
+
 def test_without_any_value_there_is_no_best():
     """No number is better than an invented one."""
     assert Monitor("val_loss").best(candidates(NAN, None, INF)) is None

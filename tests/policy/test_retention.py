@@ -29,6 +29,7 @@ def read(case):
             {} if value is None else {"val_loss": float(value)},
             weights_of=next((each for each in more if isinstance(each, int)), None),
             is_divisible=not more,
+            is_healthy=name not in case["unhealthy"] if "unhealthy" in case else None,
         )
         for name, step, sequence, epoch, value, *more in case["candidates"]
     ]
@@ -66,7 +67,10 @@ def test_what_goes_is_found_out_with_few_questions():
             Candidate(f"c{place}", step, place, step // 2, {"val_loss": chance.choice([0.5, 0.25, 0.125, np.nan])})
             for place, step in enumerate(sorted(chance.randrange(20) for _ in range(chance.randrange(14))))
         ]
-        made = [each._replace(is_divisible=chance.random() < 0.8) for each in made]
+        made = [
+            each._replace(is_divisible=chance.random() < 0.8, is_healthy=chance.choice([None, True, True, False]))
+            for each in made
+        ]
         made += [_weights_of(each, 50 + place) for place, each in enumerate(made) if chance.random() < 0.3]
         made = [each for each in made if each.is_resumable or chance.random() < 0.7]
         chance.shuffle(made)
@@ -169,6 +173,32 @@ def test_what_is_protected_never_goes():
         assert not set(found.keep) & set(found.remove)
         assert all(found.keep.values())
         assert len(whole) <= 1 or len(whole) - len(set(found.remove)) >= 1
+
+
+def test_a_healthy_one_to_go_on_from_always_stays():
+    """NaN from some step on, with two last ones kept: after two saves nothing would be left but weights that are lost."""
+    chance = random.Random(14)
+    for _ in range(800):
+        made = [
+            Candidate(
+                f"c{step}",
+                step,
+                step,
+                step,
+                {"val_loss": chance.random()},
+                is_healthy=chance.choice([None, True, False]),
+            )
+            for step in range(chance.randrange(1, 12))
+        ]
+        damaged = {each.name for each in made if chance.random() < 0.2}
+        keep = Keep(best=chance.randrange(3), last=chance.randrange(1, 4))
+
+        found = plan(keep, chance.choice([None, Monitor("val_loss")]), made, pins={}, damaged=damaged)
+
+        fit = [each.name for each in made if not each.is_unhealthy and each.name not in damaged]
+        assert set(fit[-keep.last :]) <= set(found.keep)
+        if fit:
+            assert len(found.remove) >= len(made) - len(damaged) - max(keep.best, 1) - keep.last - 1
 
 
 def _weights_of(each, sequence):

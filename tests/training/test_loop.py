@@ -645,7 +645,7 @@ def test_data_that_end_before_the_resume_point_are_refused(open_loop, loader):
         _train(checkpointer, weights, 1, range(10), stop_before=8)
 
     again, weights = open_loop(every=Every(steps=1))
-    with pytest.raises(Mismatch, match="after 8 batches of its epoch, the loader given to .* only [56]"):
+    with pytest.raises(Mismatch, match="after 8 (of 10 )?batches of its epoch, the loader given to .* (only|has) [56]"):
         _train(again, weights, 1, loader)
 
 

@@ -61,7 +61,6 @@ def main(mode, out, kill_at=None):
         CheckpointCallback(
             out,
             every=Every(epochs=1) if mode in ("arrays", "kept") else Every(steps=3),
-            snapshot="overlap" if mode == "kept" else "copy",
             memory_every=Every(steps=1) if mode == "kept" else None,
             data=data,
         ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 
 import keras
@@ -10,8 +11,8 @@ import pytest
 
 import highcamp
 from highcamp import Every, Keep
-from highcamp.errors import InvalidArgument, InvalidMetric, InvalidState, Mismatch
-from highcamp.keras import CheckpointCallback, EpochDataset
+from highcamp.errors import InvalidArgument, InvalidMetric, InvalidState, Mismatch, MissingExtra, Refused
+from highcamp.keras import CheckpointCallback, EpochDataset, supported
 
 ON_TENSORFLOW = keras.backend.backend() == "tensorflow"
 
@@ -475,12 +476,135 @@ class TestRefused:
             run("a", data=EpochDataset(*points, batch_size=6), fit={"steps_per_epoch": 2})
 
     @pytest.mark.once
-    def test_names_of_other_callbacks(self):
+    @pytest.mark.parametrize("kind", [keras.optimizers.AdamW, keras.optimizers.SGD, keras.optimizers.Nadam])
+    def test_an_optimizer_of_another_class(self, run, make_model, values_of, kind):
+        """AdamW takes the state of Adam without a word, and trains otherwise."""
+        run("a", epochs=1)
+        other = make_model(kind())
+        other.optimizer.build(other.trainable_variables)
+        before = values_of(other)
+
+        with pytest.raises(Mismatch, match=f"optimizer/class: Adam in the checkpoint, {kind.__name__} here"):
+            run("a", epochs=2, model=other)
+
+        assert values_of(other) == before
+
+    @pytest.mark.once
+    def test_a_schedule_in_the_place_of_a_rate(self, run, make_model):
+        """The learning rate would be another one from the next step on."""
+        run("a", epochs=1)
+        schedule = keras.optimizers.schedules.ExponentialDecay(0.001, 10, 0.9)
+
+        with pytest.raises(Mismatch, match="optimizer/learning_rate: only in the checkpoint"):
+            run("a", epochs=2, model=make_model(keras.optimizers.Adam(schedule)))
+
+    @pytest.mark.once
+    def test_model_and_optimizer_differ_in_one_error(self, run):
+        """One thing at a time is a tour of errors."""
+        run("a", epochs=1)
+        other = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, name="hidden"), keras.layers.Dense(1)])
+        other.compile("sgd", "mse", run_eagerly=True)
+
+        with pytest.raises(Mismatch) as caught:
+            run("a", epochs=2, model=other)
+
+        assert all(
+            part in str(caught.value) for part in ("hidden/kernel", "hidden/bias", "out/kernel", "optimizer/class")
+        )
+
+    @pytest.mark.once
+    def test_another_length_is_said_between_epochs(self, run, capsys):
+        """The run goes on, but it is another one from there."""
+        run("a", epochs=1)
+
+        _, history = run("a", epochs=2, fit={"batch_size": 8}, verbose=1)
+
+        assert history.epoch == [0, 1]
+        assert "saved with 4 batches in an epoch, here are 3: the run goes on" in capsys.readouterr().out
+
+    @pytest.mark.once
+    def test_another_length_is_refused_within_an_epoch(self, run, make_model, values_of):
+        """The place would be another one. Nothing has been changed then."""
+        run("a", epochs=2, every=Every(steps=1), crash=(0, 2))
+        model = make_model()
+        model.optimizer.build(model.trainable_variables)
+        before = values_of(model)
+
+        with pytest.raises(Mismatch, match="saved with 4 batches in an epoch, here are 3"):
+            run("a", epochs=2, every=Every(steps=1), fit={"batch_size": 8}, model=model)
+
+        assert values_of(model) == before
+
+    @pytest.mark.once
+    def test_other_data_change_nothing(self, run, points, make_model, values_of):
+        """Seen before the weights are overwritten."""
+        run("a", epochs=1, data=EpochDataset(*points, batch_size=6, seed=1))
+        model = make_model()
+        model.optimizer.build(model.trainable_variables)
+        before = values_of(model)
+
+        with pytest.raises(Mismatch, match=r"(?s)seed: 1 in the checkpoint, 2 here"):
+            run("a", epochs=2, data=EpochDataset(*points, batch_size=6, seed=2), model=model)
+
+        assert values_of(model) == before
+
+    @pytest.mark.once
+    @pytest.mark.parametrize("name", ["a", "b"])
+    def test_two_callbacks_on_one_fit(self, tmp_path, make_model, points, name):
+        """Each would restore over the other."""
+        callbacks = [CheckpointCallback(tmp_path / each, verbose=0) for each in ("a", name)]
+
+        with pytest.raises(Refused, match="2 CheckpointCallbacks in one fit"):
+            make_model().fit(*points, verbose=0, callbacks=callbacks)
+
+        assert not (tmp_path / "a" / "checkpoints").exists()
+
+    @pytest.mark.once
+    @pytest.mark.parametrize(
+        ("typed", "ours"),
+        [
+            ("filepath", "directory"),
+            ("backup_dir", "directory"),
+            ("save_best_only", "keep="),
+            ("save_weights_only", 'run.best.load("model")'),
+            ("save_freq", "every="),
+            ("initial_value_threshold", "nothing"),
+            ("evry", "every"),
+        ],
+    )
+    def test_names_of_other_callbacks(self, typed, ours):
         """Ours is named."""
-        with pytest.raises(TypeError, match="'filepath'; use directory"):
-            CheckpointCallback("a", filepath="b")
-        with pytest.raises(TypeError, match="'save_freq'; use every="):
-            CheckpointCallback("a", save_freq=1)
+        with pytest.raises(TypeError, match=re.escape(f"'{typed}'; use {ours}")):
+            CheckpointCallback("a", **{typed: 1})
+
+    @pytest.mark.once
+    @pytest.mark.parametrize("wrong", [{"memory_every": 3}, {"staging_bytes": 7}, {"on_error": "ignore"}, {"every": 1}])
+    def test_wrong_arguments(self, wrong):
+        """In the constructor, not at the first save."""
+        with pytest.raises(InvalidArgument, match=next(iter(wrong))):
+            CheckpointCallback("a", **wrong)
+
+    @pytest.mark.once
+    def test_an_overlapped_snapshot(self):
+        """It would be a copy all the same, and nobody would know."""
+        with pytest.raises(InvalidArgument, match=r"overlap.* is not possible in Keras.*\"copy\""):
+            CheckpointCallback("a", snapshot="overlap")
+
+    @pytest.mark.once
+    def test_another_version_of_keras(self, monkeypatch):
+        """Its `fit` is read from within."""
+        for version, is_ours in {
+            "3.14.9": False,
+            "3.15.0": True,
+            "3.99.1": True,
+            "4.0.0": False,
+            "2.15": False,
+        }.items():
+            assert supported.is_supported(version) == is_ours
+        monkeypatch.setattr(keras, "__version__", "3.9.2")
+
+        with pytest.raises(MissingExtra, match=r"keras >= 3.15, < 4.0; 3.9.2 is installed.*pip install"):
+            supported.check_version()
 
     @pytest.mark.once
     def test_data_of_another_kind(self, points):
@@ -526,6 +650,17 @@ def test_several_optimizers_are_saved(tmp_path, points):
 
     objects = set(_opened(tmp_path, "a").last.objects)
     assert {"model", "optimizer", "first_optimizer", "second_optimizer"} <= objects
+
+
+@pytest.mark.once
+def test_a_cadence_that_finds_itself(tmp_path, run):
+    """Every.auto saves within epochs, and the rerun goes on there."""
+    run("a", every=Every.auto(overhead=0.5), crash=(1, 2))
+
+    _, history = run("a", every=Every.auto(overhead=0.5))
+
+    assert history.epoch == [0, 1, 2]
+    assert _opened(tmp_path, "a").last.step == 12
 
 
 @pytest.mark.once
