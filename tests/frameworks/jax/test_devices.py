@@ -41,7 +41,9 @@ def test_an_array_of_several_processes_is_refused(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    processes = [_start("-W", "error", HERE / "distributed_script.py", address, number, tmp_path) for number in range(2)]
+    processes = [
+        _start("-W", "error", HERE / "distributed_script.py", address, number, tmp_path) for number in range(2)
+    ]
 
     said = [process.communicate(timeout=120)[0] for process in processes]
 
