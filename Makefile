@@ -9,7 +9,7 @@ JOBS   ?= auto
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo test mutants fuzz lint format bench clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -19,6 +19,14 @@ demo: $(VENV)/.demo  ## Train a small network, kill it, resume it, and see its b
 
 test: $(VENV)/.test  ## Run every test (ARGS="tests/policy -x" for some of them)
 	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+mutants: $(VENV)/.test  ## Break a copy of the code on purpose, in about 100 ways: tests must notice each (ARGS="--only retention" for some)
+	$(BIN)/python tests/mutants --out docs/mutants.md $(ARGS)
+
+# atheris, the fuzzer that is guided by what it reaches, has builds for few versions of Python and for Linux, so it is no extra.
+fuzz: $(VENV)/.test  ## Feed hostile bytes to the parsers for a minute (ARGS="--seconds 600" for longer)
+	$(BIN)/python -m pip install --quiet --only-binary atheris 'atheris>=3'
+	$(BIN)/python tests/attacks/fuzz.py $(ARGS)
 
 lint: $(VENV)/.test  ## Check style, types and import layers; change nothing
 	$(BIN)/ruff check .

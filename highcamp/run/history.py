@@ -288,7 +288,7 @@ class HistoryReader:
         begin = self._parsed.get(name, 0)
         if size > MAX_HISTORY_BYTES:
             raise Damaged(f"{DIRECTORY}/{name} is {size} bytes, the limit is {MAX_HISTORY_BYTES}", path=name)
-        decoder = msgspec.json.Decoder(Event)
+        decode = _decoder().decode
         whole, begun = begin, b""
         with self._store.open(f"{DIRECTORY}/{name}") as reader:
             end = min(size, reader.size)
@@ -297,16 +297,21 @@ class HistoryReader:
                 reader.read_into(start, memoryview(piece))
                 *lines, rest = (begun + piece).split(b"\n")
                 for line in lines:
-                    if len(line) > MAX_LINE_BYTES:
+                    if not 0 < len(line) <= MAX_LINE_BYTES:
                         continue
                     try:
-                        log.add(decoder.decode(line))
+                        log.add(decode(line))
                     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
                         continue  # torn, or written by a newer version: the other rows still count
                 if lines:
                     whole = start + len(piece) - len(rest)
                 begun = rest[: MAX_LINE_BYTES + 1]  # of a line that is too long already, the rest does not matter
         return whole
+
+
+@functools.cache  # made once: it evaluates the annotations of Event
+def _decoder() -> msgspec.json.Decoder[Event]:
+    return msgspec.json.Decoder(Event)
 
 
 def _attempt(number: int, log: _Log) -> Attempt | None:
@@ -353,9 +358,8 @@ def save_event(checkpoint: str, step: int, epoch: int, cost: SaveCost, at: datet
 
 def total_cost(costs: Iterable[SaveCost]) -> SaveCost:
     """Several saves as if they were one: every figure is the sum."""
-    fields = msgspec.structs.fields(SaveCost)
     known = list(costs)
-    return SaveCost(**{each.name: sum(getattr(cost, each.name) for cost in known) for each in fields})
+    return SaveCost(**{name: sum(getattr(cost, name) for cost in known) for name in SaveCost.__struct_fields__})
 
 
 def _ratio(amount: float, seconds: float) -> float | None:
