@@ -20,10 +20,12 @@ from highcamp.run.history import format_time, total_cost
 from highcamp.training.messages import nonfinite_words, percent, saves_words, seconds_words, written
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from highcamp.cli.look import Look
     from highcamp.cli.output import Output
     from highcamp.run.checkpoint import Checkpoint
-    from highcamp.run.history import SaveCost
+    from highcamp.run.history import Failure, SaveCost
     from highcamp.run.settings import PaceFacts
 
 
@@ -64,6 +66,10 @@ def _show_run(output: Output, seen: Look) -> None:
             last=seen.facts(seen.last) if seen.last else None,
             pins=dict(seen.pins),
             attempts=[attempt_facts(attempt) for attempt in seen.history.attempts],
+            failed_saves=[
+                {"step": each.step, "epoch": each.epoch, "at": format_time(each.at), "reason": each.reason}
+                for each in seen.history.failures
+            ],
             checkpoint_count=len(seen.checkpoints),
             size_bytes=total,
             trash=sorted(run.trash.values()),
@@ -82,6 +88,7 @@ def _show_run(output: Output, seen: Look) -> None:
         ("saves", run.every or MISSING),
         *([("pace", _pace_words(pace))] if pace else []),
         *([("cost of saving", _costs_words(cost, len(saves)))] if saves else []),
+        *([("failed saves", _failures_words(seen.history.failures))] if seen.history.failures else []),
         ("keeps", _keep_words(seen)),
         ("epochs", f"{seen.epoch}{planned}"),
         ("best", _line(seen, seen.best)),
@@ -181,6 +188,11 @@ def _show_checkpoint(output: Output, seen: Look, entry: Checkpoint, *, layers: b
     output.hint(
         f"highcamp verify {refer(seen.run, entry.name)}", f"highcamp show {refer(seen.run, entry.name)} --layers"
     )
+
+
+def _failures_words(failures: Sequence[Failure]) -> str:
+    newest = failures[-1]
+    return f"{len(failures)}, the last at step {newest.step}: {newest.reason}"
 
 
 def _health_words(entry: Checkpoint) -> str:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 
 MAX_UNDURABLE_ROWS = 10_000  # kept in memory, a few MB, until they are known to be durable
+MAX_REASON = 1000  # characters of why a save has failed
 
 
 class OngoingAttempt:
@@ -155,6 +156,12 @@ class OngoingAttempt:
         """Append what a save has cost; it is durable before the next commit is."""
         event = save_event(checkpoint.name, checkpoint.step, checkpoint.epoch, cost, datetime.now(UTC))
         self._append(event, durable=False)
+
+    def note_failure(self, step: int, epoch: int, reason: str) -> None:
+        """Append that a save has failed, as far as the disk allows; otherwise it is written with what comes next."""
+        at = format_time(datetime.now(UTC))
+        with contextlib.suppress(StorageError):  # it is the failure that is being noted
+            self._append(Event(event="failed", at=at, step=step, epoch=epoch, how=reason[:MAX_REASON]), durable=False)
 
     def end(self, how: str, step: int, epoch: int) -> None:
         """Write down, durably, how this attempt ended, and give the run back."""

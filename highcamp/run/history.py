@@ -69,7 +69,7 @@ class SaveCost(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
-    """One line of a history file; which fields are used depends on `event`: start, log, save or end."""
+    """One line of a history file; which fields are used depends on `event`: start, log, save, failed or end."""
 
     event: str
     at: str
@@ -138,6 +138,17 @@ class Save:
     cost: SaveCost
 
 
+@dataclass(frozen=True)
+class Failure:
+    """A save that failed while training went on. reason: in words; step, epoch: what was to be saved."""
+
+    attempt: int
+    step: int
+    epoch: int
+    at: datetime
+    reason: str
+
+
 @dataclass
 class _Log:
     """What the history files of one attempt hold."""
@@ -147,6 +158,7 @@ class _Log:
     last_at: str = ""
     events: list[Event] = field(default_factory=list)
     saves: list[Event] = field(default_factory=list)
+    failures: list[Event] = field(default_factory=list)
     by_step: dict[int, Mapping[str, float]] = field(default_factory=dict)
     seen: set[int] = field(default_factory=set)
 
@@ -163,6 +175,8 @@ class _Log:
             self.ended = event.how
         elif event.event == "save":
             self.saves.append(event)
+        elif event.event == "failed":
+            self.failures.append(event)
         elif event.event == "log":
             self.events.append(event)
             values = view_metrics(event.metrics, event.nonfinite)
@@ -209,6 +223,15 @@ class History:
             for number in sorted(self._logs)
             for event in self._logs[number].saves
             if event.checkpoint is not None and event.cost is not None
+        )
+
+    @functools.cached_property
+    def failures(self) -> tuple[Failure, ...]:
+        """The saves that failed and were only told, as `on_error="warn"` asks for."""
+        return tuple(
+            Failure(number, event.step, event.epoch, parse_time(event.at), event.how or "")
+            for number in sorted(self._logs)
+            for event in self._logs[number].failures
         )
 
     def save_of(self, checkpoint: str, attempt: int) -> Save | None:

@@ -272,3 +272,9 @@ def summary(
     if pause_seconds is not None:
         costs = saves_words(saves, pause_seconds, bytes_per_second, share)
     return f"{head}{costs} · highcamp ls {path}"
+
+
+def failed_saves(count: int, reason: str) -> str:
+    """Training has ended well, though not everything that was due was saved."""
+    word = "save" if count == 1 else "saves"
+    return f"{count} {word} failed while training went on, the last because: {reason}"

@@ -79,6 +79,7 @@ class Saver:
         self._saved_at, self._counted = time.monotonic(), 0
         self._before = (self._saved, self._saved_at)
         self._prune_error: HighcampError | None = None
+        self._failures: list[str] = []  # of saves, while training went on
         self._has_told_unhealthy = False
 
     @property
@@ -323,8 +324,10 @@ class Saver:
             self.tell(late)
         if error is not None:
             # Nothing was saved, so the next one is due as if it had not been.
-            self._saved, self._saved_at = self._before
+            (epoch, _, step), (self._saved, self._saved_at) = self._saved, self._before
             self.tell(error)
+            self._failures.append(str(error))
+            self.attempt.note_failure(step, epoch, str(error))
 
     def hold(self, error: BaseException) -> None:
         """Keep an error that cannot be raised where it happens; the next call, or the end of the program, tells it."""
@@ -375,6 +378,8 @@ class Saver:
 
     def summarize(self, seen: BestSoFar | None, *, has_logged: bool) -> None:
         """Say which checkpoint is the best, what saving has cost, and what somebody would look for in vain."""
+        if self._failures:
+            self._voice.say(messages.failed_saves(len(self._failures), self._failures[-1]), level=0)
         if not self.count:
             if has_logged and self.resumed_from is None:
                 self._voice.say(messages.nothing_saved(self.run.path), level=0)

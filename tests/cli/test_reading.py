@@ -7,12 +7,15 @@ import shutil
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 
 import highcamp
-from highcamp import Keep
+from highcamp import Checkpointer, Keep
 from highcamp.run.history import SaveCost, append_events, save_event
 from highcamp.run.settings import PaceFacts, read_settings, write_settings
+from highcamp.storage.local import LocalStore
+from highcamp.testing import FaultyStore
 
 BEST, SECOND, RESUMED, BEFORE_LAST, LAST = (f"step-{step:08d}" for step in (5, 6, 7, 11, 12))
 
@@ -415,3 +418,20 @@ def test_prune_settings_do_not_leak_into_ls(call, run):
     run.prune(Keep(best=1, last=1), dry_run=True)
 
     assert len(call("ls", run.path).rows) == 5
+
+
+def test_show_tells_of_saves_that_failed_while_training_went_on(call, tmp_path):
+    """The warning scrolled by at night; the run must still say that an epoch is missing, and why."""
+    store = FaultyStore(LocalStore(tmp_path / "run"), fail_at=0)
+    with Checkpointer(store, on_error="warn", verbose=0, keep=Keep(last=9)) as checkpointer:
+        for step in (1, 2, 3):
+            if step == 2:
+                checkpointer._saver.raise_failed(wait=True)
+                store._fail_at = len(store.operations) + 2
+            checkpointer.save({"w": np.zeros(3)}, step=step)
+
+    facts = {row[0]: row[1] for row in call("show", tmp_path / "run").rows}
+    told = json.loads(call("show", tmp_path / "run", "--json").out)
+
+    assert facts["failed saves"].startswith("1, the last at step 2: ")
+    assert [(each["step"], bool(each["reason"])) for each in told["failed_saves"]] == [(2, True)]

@@ -224,7 +224,25 @@ def test_warn_goes_on_and_saves_again(failing, capsys):
 
     assert [entry.step for entry in checkpointer.run.checkpoints] == [1, 2, 4, 5]
     assert [row.step for row in checkpointer.run.history.rows] == [1, 2, 3, 4, 5]
-    assert capsys.readouterr().err.count("a save failed and training goes on without it: injected") == 1
+    told = capsys.readouterr().err
+    assert told.count("a save failed and training goes on without it: injected") == 1
+    assert "1 save failed while training went on, the last because: injected" in told.splitlines()[-1]
+
+
+def test_a_run_is_marked_by_the_saves_that_failed(failing):
+    """Weeks later, nobody knows why the epoch that is looked for is not there."""
+    store, fail_next = failing
+    with Checkpointer(store, every=Every(steps=1), on_error="warn", verbose=0, keep=Keep(last=9)) as checkpointer:
+        for step in range(1, 5):
+            if step == 3:
+                checkpointer._saver.raise_failed(wait=True)
+                fail_next()
+            checkpointer.save_if_due(_state(step), step=step, epoch=step)
+
+    (failure,) = checkpointer.run.history.failures
+    assert (failure.attempt, failure.step, failure.epoch) == (1, 3, 3)
+    assert "injected" in failure.reason
+    assert [save.step for save in checkpointer.run.history.saves] == [1, 2, 4]
 
 
 def test_warn_does_not_hide_what_is_no_failure_of_the_disk():
