@@ -421,7 +421,9 @@ WRITERS_AND_ERRORS = (
     ),
     _mutant(
         "a save that failed counts as saved", "training/saver.py",
-        "            self._saved, self._saved_at = self._before\n", "            del self._before\n", GOING_BACK, BACKGROUND, FAIL_AT_N,
+        "            (epoch, _, step), (self._saved, self._saved_at) = self._saved, self._before\n",
+        "            epoch, _, step = self._saved\n",
+        GOING_BACK, BACKGROUND, FAIL_AT_N,
     ),
     _mutant(
         "space is not looked at beforehand", "run/attempt.py",
